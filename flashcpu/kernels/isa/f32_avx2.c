@@ -1,0 +1,8 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define FC_REAL 32
+#define FC_AVX2
+#define FC_DTYPE f32
+#define FC_ISA avx2
+#include "../tile.inc"
+#endif

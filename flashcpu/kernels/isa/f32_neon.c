@@ -1,0 +1,7 @@
+#if defined(__aarch64__)
+#define FC_REAL 32
+#define FC_NEON
+#define FC_DTYPE f32
+#define FC_ISA neon
+#include "../tile.inc"
+#endif

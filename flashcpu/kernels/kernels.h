@@ -1,0 +1,71 @@
+/* What the loop in _engine.pyx may ask of an instruction set: one table of functions for each
+ * (dtype, instruction set). Plain C, no SIMD here; the functions are written once, in tile.inc.
+ *
+ * A strip is up to 3 vectors of query rows, one row in a lane. A tile is a run of keys inside one
+ * span. Both lengths below are part of the contract: they fix the order of every rounding. */
+#ifndef FLASHCPU_KERNELS_H
+#define FLASHCPU_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* The maximum is updated, and o and l are rescaled, once a block of keys. */
+#define FC_BLOCK 64
+/* Every span of keys starts from (m, l, o) = (-inf, 0, 0); spans are merged left to right. */
+#define FC_SPAN 1024
+/* Vectors of query rows in a full strip. */
+#define FC_NV 3
+/* What the workspace is aligned to, in bytes: unaligned scratch cost AVX2 a third of its speed. */
+#define FC_ALIGN 64
+
+/* One strip: its packed queries, the state of its streaming softmax, the scores of one tile.
+ * Row strides are nv * lanes elements of the real type. */
+struct fc_strip {
+    int nq, nv, d, dv;    /* query rows, vectors that hold them, lengths of a query and a value */
+    void *qt;             /* [d][nv*W] queries, transposed, times scale * log2 e */
+    void *m, *l, *o;      /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
+    void *m0, *l0, *o0;   /* the same of all spans before it, merged */
+    void *s;              /* [nk][nv*W] scores of the tile, then its weights */
+    void *alpha;          /* [blocks][nv*W] block maxima of the tile, then rescale factors */
+    void *end;            /* [nv*W] first key of the tile that the row does not see */
+};
+
+struct fc_kernels {
+    const char *dtype, *isa;
+    int lanes;     /* W: query rows in a vector */
+    int panel;     /* MR: columns of V in one pass of accumulate, the width of a staged panel */
+    int elem_size; /* bytes of a stored element */
+    int real_size; /* bytes of a computed one */
+
+    /* qt <- scale * rows, one pointer a query row */
+    void (*pack)(const struct fc_strip *, const void *const *rows, double scale);
+    /* (m, l, o) <- (-inf, 0, 0) */
+    void (*start_span)(const struct fc_strip *);
+    /* end <- how many keys of the tile at k0 each row sees, when its keys end at row_end */
+    void (*see)(const struct fc_strip *, const int64_t *row_end, int64_t k0);
+    /* s <- K qt and block maxima; keys from `full` on are compared with `end` */
+    void (*scores)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);
+    /* s <- weights; alpha, m, l follow */
+    void (*softmax)(const struct fc_strip *, int nk, int full);
+    /* o <- alpha o + V^T weights; columns of V come in panels, `panel` elements apart */
+    void (*accumulate)(const struct fc_strip *, const void *v, ptrdiff_t ldv, ptrdiff_t panel,
+                       int nk, int full);
+    /* (m0, l0, o0) <- merge of (m0, l0, o0) and (m, l, o) */
+    void (*merge)(const struct fc_strip *);
+    /* out <- o0 / l0, lse <- m0 ln 2 + log l0; one pointer a row, lse may be NULL */
+    void (*finish)(const struct fc_strip *, void *const *out, void *const *lse);
+    /* copy nk rows of K or V: densely, or in panels of `panel` columns */
+    void (*stage_rows)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
+    void (*stage_panels)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
+
+    /* what the machine can do, for benchmarks: limits.inc */
+    double (*fma_loop)(long turns); /* returns how many flops it did */
+    double (*read_loop)(const void *from, size_t bytes);
+};
+
+/* Instruction sets this build has for this CPU, best first, ended by NULL. */
+const char *const *fc_isas(void);
+/* The table, or NULL when this CPU or build does not have it. */
+const struct fc_kernels *fc_find(const char *dtype, const char *isa);
+
+#endif
