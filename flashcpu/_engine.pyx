@@ -1,0 +1,433 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+"""THE loop: work items over threads, key tiles over each item, a few kernel calls a tile.
+
+What is computed is in kernels/tile.inc, what is cut is in plan.py; here is the order. Memory that
+moves, for one item of `rows` query rows (strips of up to 48 in f32 on AVX-512) and one tile of `keys`:
+
+    K, V     keys x D elements each from L2, L3 or memory once a tile, from L2 once a strip more
+    Qt, O    D x rows, stay in L2; a strip's share (12 KiB each at D = 64) passes through L1
+    S        keys x strip, written and read in L1 or L2, never leaves
+    out      once an item
+
+Scratch belongs to the call: one workspace a thread, taken before the loop. Nothing is static.
+"""
+
+from cython.parallel cimport prange, threadid
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+cimport numpy as cnp
+cimport openmp
+
+import time
+
+cnp.import_array()
+
+
+cdef extern from "stdlib.h" nogil:
+    int posix_memalign(void **at, size_t alignment, size_t size)
+
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+
+cdef extern from "kernels/kernels.h" nogil:
+    enum:
+        FC_BLOCK
+        FC_SPAN
+        FC_NV
+        FC_ALIGN
+
+    struct fc_strip:
+        int nq, nv, d, dv
+        void *qt
+        void *m
+        void *l
+        void *o
+        void *m0
+        void *l0
+        void *o0
+        void *s
+        void *alpha
+        void *end
+
+    struct fc_kernels:
+        const char *dtype
+        const char *isa
+        int lanes, panel, elem_size, real_size
+        void (*pack)(const fc_strip *, const void *const *, double) noexcept nogil
+        void (*start_span)(const fc_strip *) noexcept nogil
+        void (*see)(const fc_strip *, const int64_t *, int64_t) noexcept nogil
+        void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
+        void (*softmax)(const fc_strip *, int, int) noexcept nogil
+        void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int, int) noexcept nogil
+        void (*merge)(const fc_strip *) noexcept nogil
+        void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
+        void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
+        void (*stage_panels)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
+        double (*fma_loop)(long) noexcept nogil
+        double (*read_loop)(const void *, size_t) noexcept nogil
+
+    const char *const *fc_isas()
+    const fc_kernels *fc_find(const char *dtype, const char *isa)
+
+
+BLOCK = FC_BLOCK
+SPAN = FC_SPAN
+STRIP_VECTORS = FC_NV
+
+# Columns of the plan's two tables (plan.py names them alike).
+cdef enum:
+    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY1
+cdef enum:
+    MEMBER_Q, MEMBER_K, MEMBER_V, MEMBER_OUT, MEMBER_KV_LEN, MEMBER_Q_START
+
+# Seconds between two looks at whether a signal handler wants to end the call.
+cdef double SIGNAL_PERIOD = 0.05
+
+
+cdef class Kernels:
+    """The functions of one (dtype, instruction set)."""
+
+    cdef const fc_kernels *table
+    cdef readonly str dtype, isa
+    cdef readonly int lanes, itemsize
+
+    def __cinit__(self, str dtype, str isa):
+        self.table = fc_find(dtype.encode(), isa.encode())
+        if self.table is NULL:
+            raise ValueError(f"no {dtype} kernels for instruction set {isa!r} on this CPU")
+        self.dtype, self.isa = dtype, isa
+        self.lanes, self.itemsize = self.table.lanes, self.table.elem_size
+
+    def fma_rate(self, double seconds):
+        """Flops a second of nothing but FMAs on one thread, over about `seconds`."""
+        cdef long turns = 20000
+        cdef double flops, start, took
+        while True:
+            start = time.perf_counter()
+            with nogil:
+                flops = self.table.fma_loop(turns)
+            took = time.perf_counter() - start
+            if took >= seconds:
+                return flops / took
+            turns = <long>(turns * min(10.0, 1.3 * seconds / max(took, 1e-6))) + 1
+
+    def read_bytes(self, const unsigned char[::1] buffer, int threads):
+        """Read the buffer once, in parts over `threads` threads."""
+        cdef Py_ssize_t part = buffer.shape[0] // threads // FC_ALIGN * FC_ALIGN
+        cdef int i
+        for i in prange(threads, num_threads=threads, nogil=True):
+            self.table.read_loop(&buffer[i * part], part)
+
+
+cdef struct Call:
+    # What is the same for every item. Strides in bytes, leading dimensions of K and V in elements.
+    const fc_kernels *kernels
+    const char *q
+    const char *k
+    const char *v
+    char *out
+    char *lse
+    Py_ssize_t q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row, lse_head
+    int64_t heads, group, lq
+    int d, dv, keys, strips, causal, stage_k, stage_v
+    double scale
+    # Where its threads meet: set when the call is to end early.
+    int *stop
+    void *handler_error
+
+
+cdef struct Row:
+    const char *q
+    char *out
+    char *lse
+
+
+cdef struct Workspace:
+    # One thread's scratch.
+    fc_strip *strips
+    int64_t *row_end
+    const void **q_rows
+    void **out_rows
+    void **lse_rows
+    void *k
+    void *v
+
+
+cdef char *carve(char **at, Py_ssize_t size) noexcept nogil:
+    cdef char *here = at[0]
+    at[0] = here + (size + FC_ALIGN - 1) // FC_ALIGN * FC_ALIGN
+    return here
+
+
+cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept nogil:
+    """Cut the workspace at `base` into its parts; with base NULL only count the bytes."""
+    cdef const fc_kernels *kernels = call.kernels
+    cdef Py_ssize_t real = kernels.real_size
+    cdef Py_ssize_t lanes = FC_NV * kernels.lanes
+    cdef Py_ssize_t blocks = (call.keys + FC_BLOCK - 1) // FC_BLOCK
+    cdef char *at = base
+    cdef fc_strip strip
+    cdef int i
+    into.strips = <fc_strip *>carve(&at, call.strips * sizeof(fc_strip))
+    into.row_end = <int64_t *>carve(&at, call.strips * lanes * sizeof(int64_t))
+    into.q_rows = <const void **>carve(&at, lanes * sizeof(void *))
+    into.out_rows = <void **>carve(&at, lanes * sizeof(void *))
+    into.lse_rows = <void **>carve(&at, lanes * sizeof(void *))
+    memset(&strip, 0, sizeof(fc_strip))
+    strip.d, strip.dv = call.d, call.dv
+    strip.s = carve(&at, call.keys * lanes * real)
+    strip.alpha = carve(&at, blocks * lanes * real)
+    strip.end = carve(&at, lanes * real)
+    for i in range(call.strips):
+        strip.qt = carve(&at, call.d * lanes * real)
+        strip.m = carve(&at, lanes * real)
+        strip.l = carve(&at, lanes * real)
+        strip.o = carve(&at, call.dv * lanes * real)
+        strip.m0 = carve(&at, lanes * real)
+        strip.l0 = carve(&at, lanes * real)
+        strip.o0 = carve(&at, call.dv * lanes * real)
+        if base is not NULL:
+            into.strips[i] = strip
+    into.k = into.v = NULL
+    if call.stage_k:
+        into.k = carve(&at, <Py_ssize_t>call.keys * call.d * kernels.elem_size)
+    if call.stage_v:
+        into.v = carve(
+            &at, <Py_ssize_t>call.keys * (call.dv + kernels.panel) * kernels.elem_size
+        )
+    return at - base
+
+
+cdef int signal_arrived(void *handler_error) noexcept with gil:
+    """Let Python run its signal handlers; keep what they raise for the end of the call."""
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<list>handler_error).append(error)
+        return 1
+    return 0
+
+
+cdef inline int64_t row_end(const Call *call, const int64_t *member, int64_t row) noexcept nogil:
+    """The first key that a row does not see: the one place that knows what causal means."""
+    cdef int64_t end = member[MEMBER_KV_LEN]
+    if call.causal:
+        end = max(<int64_t>0, min(end, member[MEMBER_Q_START] + row // call.group + 1))
+    return end
+
+
+cdef inline Row row_at(const Call *call, const int64_t *member, int64_t index, int64_t head,
+                       int64_t row) noexcept nogil:
+    """Row r of a KV head is query r // G of its query head r % G."""
+    cdef int64_t query = row // call.group
+    cdef int64_t q_head = head * call.group + row % call.group
+    cdef Row at
+    at.q = call.q + member[MEMBER_Q] + q_head * call.q_head + query * call.q_row
+    at.out = call.out + member[MEMBER_OUT] + q_head * call.out_head + query * call.out_row
+    at.lse = NULL
+    if call.lse is not NULL:
+        at.lse = (call.lse + (index * call.heads + q_head) * call.lse_head
+                  + query * call.kernels.real_size)
+    return at
+
+
+cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member,
+                      const Workspace *work, double *looked) noexcept nogil:
+    """Stream the keys of one item past its query rows.
+
+    The last step of the ladder, flash_attention_algorithmic, on strips; spans of keys are joined as in
+    flash_attention.
+    """
+    cdef const fc_kernels *kernels = call.kernels
+    cdef int64_t key_end = item[ITEM_KEY1], key, span_end
+    cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
+    cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
+    cdef int64_t row = item[ITEM_ROW0], end
+    cdef int strips = 0, vectors, nk, n, full, i, lane
+    cdef int strip_lanes = FC_NV * kernels.lanes
+    cdef int64_t *ends
+    cdef const void *k_tile
+    cdef const void *v_tile
+    cdef ptrdiff_t ldk, ldv, panel
+    cdef fc_strip *strip
+    cdef fc_strip part
+    cdef Row at
+
+    # Pack the queries, a strip at a time; widths 3, 3, ..., but 2 + 2 rather than 3 + 1.
+    while row < item[ITEM_ROW1]:
+        strip = work.strips + strips
+        ends = work.row_end + strips * strip_lanes
+        vectors = <int>((item[ITEM_ROW1] - row + kernels.lanes - 1) // kernels.lanes)
+        strip.nv = 2 if vectors == 4 else min(vectors, FC_NV)
+        strip.nq = <int>min(<int64_t>strip.nv * kernels.lanes, item[ITEM_ROW1] - row)
+        for lane in range(strip.nq):
+            work.q_rows[lane] = row_at(call, member, item[ITEM_MEMBER], item[ITEM_HEAD], row + lane).q
+            ends[lane] = row_end(call, member, row + lane)
+        kernels.pack(strip, work.q_rows, call.scale)
+        part = strip[0]
+        part.m, part.l, part.o = strip.m0, strip.l0, strip.o0
+        kernels.start_span(&part)
+        row += strip.nq
+        strips += 1
+
+    key = 0
+    while key < key_end:
+        span_end = min((key // FC_SPAN + 1) * FC_SPAN, key_end)
+        nk = <int>min(<int64_t>call.keys, span_end - key)
+        k_tile, ldk = k + key * call.k_row, call.k_row // kernels.elem_size
+        v_tile, ldv, panel = v + key * call.v_row, call.v_row // kernels.elem_size, kernels.panel
+        if call.stage_k:
+            kernels.stage_rows(work.k, k_tile, ldk, nk, call.d)
+            k_tile, ldk = work.k, call.d
+        if call.stage_v:
+            kernels.stage_panels(work.v, v_tile, ldv, nk, call.dv)
+            v_tile, ldv, panel = work.v, kernels.panel, <ptrdiff_t>nk * kernels.panel
+
+        for i in range(strips):
+            strip = work.strips + i
+            ends = work.row_end + i * strip_lanes
+            end = min(span_end, ends[strip.nq - 1])
+            n = <int>min(<int64_t>nk, end - key)
+            if n <= 0:
+                continue
+            full = <int>max(<int64_t>0, min(<int64_t>n, ends[0] - key))
+            part = strip[0]
+            if key < FC_SPAN:
+                # The first span needs no merge: it streams into the merged state itself.
+                part.m, part.l, part.o = strip.m0, strip.l0, strip.o0
+            elif key % FC_SPAN == 0:
+                kernels.start_span(&part)
+            if full < n:
+                kernels.see(&part, ends, key)
+            kernels.scores(&part, k_tile, ldk, n, full)
+            kernels.softmax(&part, n, full)
+            kernels.accumulate(&part, v_tile, ldv, panel, n, full)
+            if key >= FC_SPAN and key + n == end:
+                kernels.merge(&part)
+        key += nk
+
+        if call.stop[0]:
+            return
+        if looked is not NULL and openmp.omp_get_wtime() - looked[0] > SIGNAL_PERIOD:
+            looked[0] = openmp.omp_get_wtime()
+            if signal_arrived(call.handler_error):
+                call.stop[0] = 1
+                return
+
+    row = item[ITEM_ROW0]
+    for i in range(strips):
+        strip = work.strips + i
+        for lane in range(strip.nq):
+            at = row_at(call, member, item[ITEM_MEMBER], item[ITEM_HEAD], row + lane)
+            work.out_rows[lane] = at.out
+            work.lse_rows[lane] = at.lse
+        kernels.finish(strip, work.out_rows, work.lse_rows if call.lse is not NULL else NULL)
+        row += strip.nq
+
+
+def attend(Kernels kernels, arrays, strides, shape, plan, double scale, bint causal, int threads,
+           int[::1] stop=None):
+    """Run the plan: out and lse <- attention of every item.
+
+    arrays: (q, k, v, out, lse or None). strides: bytes of (q head, q row, k head, k row, v head,
+    v row, out head, out row). shape: (Hq, G, Lq, D, Dv). plan: plan.Plan. stop: one flag that ends
+    the call early when another thread sets it. Everything was checked in problem.py.
+    """
+    cdef cnp.ndarray q, k, v, out
+    cdef const int64_t[:, ::1] members, items
+    cdef int own_stop = 0
+    cdef Call call
+    cdef list handler_error = []
+    cdef Workspace work
+    cdef Py_ssize_t size
+    cdef char *scratch = NULL
+    cdef double looked = openmp.omp_get_wtime()
+    cdef Py_ssize_t i
+
+    q, k, v, out, lse = arrays
+    call.strips, call.keys, call.stage_k, call.stage_v, _, members, items = plan
+    call.kernels = kernels.table
+    call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
+    call.out = cnp.PyArray_BYTES(out)
+    call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
+    (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
+     call.out_head, call.out_row) = strides
+    call.heads, call.group, call.lq, call.d, call.dv = shape
+    call.lse_head = call.lq * kernels.table.real_size
+    call.scale, call.causal = scale, causal
+    call.stop = &own_stop if stop is None else &stop[0]
+    call.handler_error = <void *>handler_error
+
+    size = lay_out(&call, NULL, &work)
+    if posix_memalign(<void **>&scratch, FC_ALIGN, size * threads):
+        raise MemoryError(f"no memory for {threads} workspaces of {size} bytes")
+    try:
+        with nogil:
+            if threads == 1:
+                lay_out(&call, scratch, &work)
+                for i in range(items.shape[0]):
+                    attend_item(&call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], &work, &looked)
+                    if call.stop[0]:
+                        break
+            else:
+                share(&call, items, members, threads, scratch, size, &looked)
+    finally:
+        free(scratch)
+    if handler_error:
+        raise handler_error[0]
+
+
+cdef void share(const Call *call, const int64_t[:, ::1] items, const int64_t[:, ::1] members,
+                int threads, char *scratch, Py_ssize_t size, double *looked) noexcept nogil:
+    """One parallel region: items in their order to whichever thread is free."""
+    cdef Py_ssize_t i
+    cdef Workspace work
+    cdef int thread
+    for i in prange(items.shape[0], schedule="dynamic", chunksize=1, num_threads=threads):
+        if call.stop[0]:
+            continue
+        thread = threadid()
+        attend_shared(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0],
+                      scratch + thread * size, looked if thread == 0 else NULL)
+
+
+cdef void attend_shared(const Call *call, const int64_t *item, const int64_t *member, char *scratch,
+                        double *looked) noexcept nogil:
+    cdef Workspace work
+    lay_out(call, scratch, &work)
+    attend_item(call, item, member, &work, looked)
+
+
+def workspace_bytes(Kernels kernels, int d, int dv, tile):
+    """Scratch of one thread."""
+    cdef Call call
+    cdef Workspace work
+    call.kernels = kernels.table
+    call.d, call.dv = d, dv
+    call.strips, call.keys, call.stage_k, call.stage_v = tile
+    return lay_out(&call, NULL, &work)
+
+
+def isas():
+    """Instruction sets of this build that this CPU has, best first."""
+    cdef const char *const *name = fc_isas()
+    names = []
+    while name[0] is not NULL:
+        names.append(name[0].decode())
+        name += 1
+    return names
+
+
+def omp_threads():
+    """Threads that a parallel region started here would get."""
+    return openmp.omp_get_max_threads()
+
+
+def in_parallel():
+    """Whether the caller runs inside a parallel region of OpenMP."""
+    return bool(openmp.omp_in_parallel())

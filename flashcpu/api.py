@@ -1,0 +1,171 @@
+"""`attention`: check (problem.py), plan (plan.py), run (_engine.pyx)."""
+
+import math
+from functools import partial
+
+import numpy as np
+
+from flashcpu import _engine, machine, plan, problem
+from flashcpu import threads as threading_
+
+LOG2_E = math.log2(math.e)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    scale=None,
+    causal=False,
+    window=None,
+    mask=None,
+    kv_len=None,
+    q_start=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    return_lse=False,
+    out=None,
+    threads=None,
+    tiles=None,
+):
+    """Exact attention, ``softmax(scale * q @ k.T) @ v``, streamed tile by tile.
+
+    The Lq x Lkv matrix of scores never exists: beside the result a call needs a few hundred KiB a
+    thread, whatever the lengths. The bits of a row of the result do not depend on the number of
+    threads, the other rows, heads and members of the batch, strides, alignment or tiles.
+
+    Parameters
+    ----------
+    q : (..., Hq, Lq, D) array, float32 or float64
+        Queries. Also (B, Lq, D) and (Lq, D), without heads.
+    k : (..., Hkv, Lkv, D) array, of the dtype of q
+        Keys. Hq must be a multiple of Hkv; consecutive groups of Hq / Hkv query heads share a KV
+        head.
+    v : (..., Hkv, Lkv, Dv) array, of the dtype of q
+        Values. Leading axes of q, k and v broadcast, without copies. Arrays whose last axis has
+        unit stride are read where they lie; others are copied once.
+    scale : float, default 1 / sqrt(D)
+        Factor of the scores.
+    causal : bool
+        Query i stands at position q_start + i and sees the keys j <= its position. With 2 queries
+        and 5 keys, and with 5 queries and 2 keys (x: seen)::
+
+            q_start = 3 (default)     q_start = 0
+            x x x x .                 x . . . .
+            x x x x x                 x x . . .
+
+            q_start = -3 (default)    q_start = 0
+            . .                       x .
+            . .                       x x
+            . .                       x x
+            x .                       x x
+            x x                       x x
+
+    kv_len : int or (B,) integers, default Lkv
+        How many keys each member of the batch has; keys and values from there on are never read.
+        B stands for the broadcast leading axes.
+    q_start : int or (B,) integers, default kv_len - Lq
+        Position of the first query. The default is that of a KV cache: the last query sees all keys.
+        Without causal it has no effect.
+    return_lse : bool
+        Return also the natural logarithm of each row's softmax denominator.
+    out : (..., Hq, Lq, Dv) array, optional
+        Where to write the result. It may overlap the inputs.
+    threads : int, optional
+        Largest number of threads. Default: what OpenMP says at the time of the call
+        (OMP_NUM_THREADS, threadpoolctl), within the affinity and the cgroup quota of the process.
+    tiles : (int, int), optional
+        Query rows and keys of a cache tile, rounded up to what the kernels need. Never changes a
+        bit of the result.
+    window, mask, softcap, alibi_slopes, sinks
+        Not supported yet; NotImplementedError unless None.
+
+    Returns
+    -------
+    out : (..., Hq, Lq, Dv) array, of the dtype of q
+        A row that sees no key is 0, also when Lkv = 0.
+    lse : (..., Hq, Lq) array, of the dtype of q
+        Only with return_lse. A row that sees no key has -inf.
+
+    Raises
+    ------
+    ValueError
+        For shapes or numbers that do not fit; the message has the shapes.
+    TypeError
+        For dtypes other than float32 and float64, mixed dtypes, masked arrays, and options of the
+        wrong type.
+    NotImplementedError
+        For the arguments above, and for float16 and bfloat16.
+    MemoryError
+        If there is no memory for the result or the scratch.
+
+    Notes
+    -----
+    NaN in a key or value reaches the rows that see it, and no others; a score of +inf gives NaN.
+    Weights below 2**-126 (float64: 2**-1022) of the row's largest count as 0.
+
+    References
+    ----------
+    Dao, Fu, Ermon, Rudra, Ré: FlashAttention (2022), algorithm 1; Milakov, Gimelshein: Online
+    normalizer calculation for softmax (2018). `flashcpu.reference` derives the method step by step.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flashcpu import attention
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((1, 8, 100, 64), np.float32)
+    >>> k = rng.standard_normal((1, 2, 100, 64), np.float32)  # 4 query heads share a KV head
+    >>> v = rng.standard_normal((1, 2, 100, 64), np.float32)
+    >>> attention(q, k, v, causal=True).shape
+    (1, 8, 100, 64)
+    >>> last = attention(q[:, :, 99:], k, v, causal=True)  # one step of decoding
+    >>> bool((last == attention(q, k, v, causal=True)[:, :, 99:]).all())
+    True
+    """
+    problem.refuse(
+        window=window, mask=mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
+    )
+    q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
+    asked = problem.describe(
+        (q.dtype, k.dtype, v.dtype),
+        (q.shape, k.shape, v.shape),
+        (q.strides, k.strides, v.strides),
+        scale,
+        causal,
+    )
+    far = problem.FARTHEST
+    kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
+    q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
+    tiles = problem.tile_sizes(tiles)
+    threads = problem.thread_count(threads)
+    result = out if out is None else problem.output(out, asked, q.dtype)
+    if result is None or problem.needs_own_memory(result, q, k, v):
+        result = np.empty(asked.out_shape, q.dtype)
+    lse = np.empty(asked.lse_shape, q.dtype) if return_lse else None
+
+    kernels, lanes = machine.kernels(asked.dtype, machine.isa())
+    strides = asked.result_strides(result.strides)
+    cut = plan.cut(asked, lanes, strides, kv_len, q_start, tiles)
+    if cut.threads > 1:
+        threads = min(cut.threads, threading_.limit(threads))
+    else:
+        threads = 1
+    call = partial(
+        _engine.attend,
+        kernels,
+        (q, k, v, result, lse),
+        (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
+        (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),
+        cut,
+        asked.scale * LOG2_E,
+        asked.causal,
+        threads,
+    )
+    threading_.run(call, threads)
+    if out is not None and result is not out:
+        out[...] = result
+        result = out
+    return (result, lse) if return_lse else result

@@ -1,0 +1,88 @@
+"""What this CPU is: its name, instruction sets, caches, and the limits one can measure."""
+
+import contextlib
+import os
+import platform
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from flashcpu import _engine
+from flashcpu.plan import Lanes
+
+ISAS = tuple(_engine.isas())
+
+
+def _chosen_isa():
+    name = os.environ.get("FLASHCPU_ISA", "").strip().lower()
+    if name and name not in ISAS:
+        raise ImportError(f"FLASHCPU_ISA={name!r}, but this CPU and build have {', '.join(ISAS)}")
+    return name or ISAS[0]
+
+
+_isa = _chosen_isa()
+
+
+def isa():
+    """The instruction set in use: the best there is, FLASHCPU_ISA, or that of `use_isa`."""
+    return _isa
+
+
+@contextlib.contextmanager
+def use_isa(name):
+    """Use another instruction set inside a with block, in every thread of the process."""
+    global _isa
+    if name not in ISAS:
+        raise ValueError(f"no instruction set {name!r}, this CPU and build have {', '.join(ISAS)}")
+    before, _isa = _isa, name
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+@cache
+def kernels(dtype, isa_name):
+    """The kernels of one (dtype, instruction set), and what the plan must know of them."""
+    table = _engine.Kernels(dtype, isa_name)
+    return table, Lanes(table.lanes, _engine.STRIP_VECTORS, _engine.BLOCK, _engine.SPAN)
+
+
+def cpu_name():
+    """The CPU's name as the operating system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def caches():
+    """Bytes of the data caches of the first core, such as {"L1": 32768, "L2": 1048576}."""
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with contextlib.suppress(OSError, ValueError):
+            if (index / "type").read_text().strip() != "Instruction":
+                level = "L" + (index / "level").read_text().strip()
+                text = (index / "size").read_text().strip()
+                sizes[level] = int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
+    return sizes
+
+
+def fma_rate(dtype="f32", isa_name=None, seconds=0.1):
+    """Measured flops a second of one thread that does nothing but FMAs (2 flops each)."""
+    return kernels(dtype, isa_name or isa())[0].fma_rate(seconds)
+
+
+def read_bandwidth(threads=1, seconds=0.2, size=256 << 20):
+    """Measured bytes a second of reading a buffer far larger than the caches."""
+    buffer = np.ones(size, np.uint8)
+    table, _ = kernels("f32", isa())
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
+        start = time.perf_counter()
+        table.read_bytes(buffer, threads)
+        best = max(best, size / (time.perf_counter() - start))
+    return best

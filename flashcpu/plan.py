@@ -1,0 +1,144 @@
+"""How it is cut: tiles, work items, threads. Pure integers; knows neither arrays nor the extension.
+
+A work item is a run of query rows of one KV head of one batch member, and the keys they see. Row r
+of a KV head is query r // G of its query head r % G: grouped heads are more rows, and the rows of a
+strip stand close together under the diagonal. No choice made here can change a bit of the result.
+Next: _engine.pyx.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+# Columns of the two tables; _engine.pyx has the same enumerations.
+MEMBER, HEAD, ROW0, ROW1, KEY1 = range(5)
+Q, K, V, OUT, KV_LEN, Q_START = range(6)
+
+# Largest tile: strips of query rows, and keys. Four strips share each K and V tile out of L2; two
+# blocks of keys halve the traffic of O (python bench/tiles.py; 4 x 128 was best or within 1 % in
+# f32 and f64 for D = 64 and 128).
+STRIPS = 4
+KEYS = 128
+# Work below which starting threads costs more than they save: about 50 us of multiply-adds.
+SMALL = 2_500_000
+# Items to cut at least, if there are rows for it, so that the last one never keeps a thread alone
+# for long. A number of its own, not one of the thread count: a plan serves any.
+ITEMS = 32
+# A K row stride that is a multiple of a page puts all rows of a register tile into one L1 set.
+PAGE = 4096
+
+
+class Lanes(NamedTuple):
+    """What the plan must know of the kernels."""
+
+    width: int  # query rows in a vector
+    vectors: int  # vectors in a strip
+    block: int  # keys between two rescales
+    span: int  # keys between two merges
+
+
+class Plan(NamedTuple):
+    """Tiles, how many threads can be of use, and the two tables that the engine walks."""
+
+    strips: int
+    keys: int
+    stage_k: bool
+    stage_v: bool
+    threads: int
+    members: np.ndarray
+    items: np.ndarray
+
+
+def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
+    """The plan of a call.
+
+    out_strides are those of the result, (lead ..., head, row) in bytes; kv_len and q_start are ints
+    or int64 arrays, one a member (q_start may be None); tiles is None or (Tq, Tk).
+    """
+    if type(kv_len) is int and not isinstance(q_start, np.ndarray):
+        return _cut_alike(problem, lanes, out_strides, kv_len, q_start, tiles)
+    return _cut(problem, lanes, out_strides, kv_len, q_start, tiles)
+
+
+def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
+    members = _members(problem, out_strides, kv_len, q_start)
+    rows = problem.Lq * problem.group
+    strips, keys = _tile(problem, lanes, tiles, rows, len(members))
+    items = _items(problem, lanes, members, rows, strips)
+    work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
+    return Plan(
+        strips=strips,
+        keys=keys,
+        stage_k=problem.k_strides[1] % PAGE == 0 and problem.Lkv > 1,
+        stage_v=problem.v_strides[1] % PAGE == 0 and problem.Lkv > 1,
+        threads=1 if work < SMALL else max(1, len(items)),
+        members=members,
+        items=items,
+    )
+
+
+_cut_alike = lru_cache(maxsize=512)(_cut)
+
+
+def _members(problem, out_strides, kv_len, q_start):
+    """Byte offsets and lengths of every member of the batch."""
+    count = math.prod(problem.lead)
+    table = np.zeros((count, 6), np.int64)
+    leads = (problem.q_lead, problem.k_lead, problem.v_lead, out_strides[: len(problem.lead)])
+    for column, strides in enumerate(leads):
+        offsets = np.zeros(1, np.int64)
+        for n, stride in zip(problem.lead, strides, strict=True):
+            offsets = (offsets[:, None] + np.arange(n) * stride).ravel()
+        table[:, column] = offsets
+    table[:, KV_LEN] = kv_len
+    table[:, Q_START] = table[:, KV_LEN] - problem.Lq if q_start is None else q_start
+    return table
+
+
+def _row_end(problem, members, row):
+    """How many keys a row sees, for every member; _engine.pyx has the same rule row by row."""
+    end = members[:, KV_LEN]
+    if problem.causal and problem.group:
+        end = np.clip(members[:, Q_START] + row // problem.group + 1, 0, end)
+    return end
+
+
+def _tile(problem, lanes, tiles, rows, count):
+    """(strips, keys) of a cache tile."""
+    strip_rows = lanes.width * lanes.vectors
+    all_strips = max(1, -(-rows // strip_rows))
+    all_keys = max(1, -(-problem.Lkv // lanes.block)) * lanes.block
+    if tiles is not None:
+        keys = -(-tiles[1] // lanes.block) * lanes.block
+        return min(-(-tiles[0] // strip_rows), all_strips), min(keys, all_keys, lanes.span)
+    strips = min(STRIPS, all_strips)
+    while strips > 1 and -(-all_strips // strips) * problem.Hkv * count < ITEMS:
+        strips -= 1
+    return strips, min(KEYS, all_keys)
+
+
+def _items(problem, lanes, members, rows, strips):
+    """Items in the order in which threads take them.
+
+    Members with more keys first; a member's heads in turn, so that threads share K and V in L3;
+    under causal a head's last rows first, so that the light items end the call.
+    """
+    vectors = -(-rows // lanes.width)
+    parts = -(-vectors // (strips * lanes.vectors))
+    # Evenly, in whole vectors: a last item of one vector would be slow.
+    edges = np.minimum(np.arange(parts + 1) * vectors // max(parts, 1) * lanes.width, rows)
+    if problem.causal:
+        edges = edges[::-1]
+    row0, row1 = (edges[1:], edges[:-1]) if problem.causal else (edges[:-1], edges[1:])
+    order = np.argsort(-members[:, KV_LEN], kind="stable")
+    shape = (len(order), problem.Hkv, parts)
+    items = np.empty((*shape, 5), np.int64)
+    items[..., MEMBER] = order[:, None, None]
+    items[..., HEAD] = np.arange(problem.Hkv)[:, None]
+    items[..., ROW0] = row0
+    items[..., ROW1] = row1
+    for part in range(parts):
+        items[..., part, KEY1] = _row_end(problem, members[order], row1[part] - 1)[:, None]
+    return items.reshape(-1, 5)

@@ -1,0 +1,269 @@
+"""What is asked: every argument of `attention` is checked here, and nowhere else.
+
+`describe` turns shapes, strides and options into a `Problem`, plain integers that can be hashed,
+cached and planned for; nothing here looks at an element of q, k or v. Next: plan.py.
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+# The largest number a position or a length may be, so that sums of three of them fit 64 bits.
+FARTHEST = 2**60
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+DTYPES = {F32: "f32", F64: "f64"}
+LATER_DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Problem:
+    """One call in integers. Strides are in bytes; a leading axis that broadcasts has stride 0.
+
+    Compared and hashed by identity: `describe` gives the same object for the same question.
+    """
+
+    dtype: str
+    lead: tuple  # broadcast leading axes: the members of the batch
+    Hq: int
+    Hkv: int
+    Lq: int
+    Lkv: int
+    D: int
+    Dv: int
+    q_lead: tuple
+    k_lead: tuple
+    v_lead: tuple
+    q_strides: tuple  # (head, row)
+    k_strides: tuple
+    v_strides: tuple
+    out_shape: tuple
+    lse_shape: tuple
+    scale: float
+    causal: bool
+
+    @property
+    def group(self):
+        """Query heads that share a KV head."""
+        return self.Hq // self.Hkv if self.Hkv else 0
+
+    def result_strides(self, strides):
+        """Strides of the result as (lead ..., head, row)."""
+        if len(strides) > 3:
+            return strides[:-1]
+        return (strides[0] if len(strides) == 3 else 0, 0, strides[-2])
+
+
+def operand(array, name):
+    """The array as the kernels can read it: itself, or one copy where its memory does not allow.
+
+    Raises TypeError for what is not float32 or float64, and for masked arrays.
+    """
+    if type(array) is not np.ndarray:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array; pass its data, and kv_len or causal")
+        array = np.asarray(array)
+    dtype = array.dtype
+    if dtype is not F32 and dtype is not F64 and dtype not in DTYPES:
+        if dtype.name in LATER_DTYPES:
+            raise NotImplementedError(f"{name} has dtype {dtype.name}: not supported yet")
+        native = dtype.newbyteorder("=")
+        if native not in DTYPES:
+            raise TypeError(f"{name} has dtype {dtype}; float32 or float64 is needed")
+        return array.astype(native, order="C")
+    if not array.flags.aligned or (array.ndim and not unit_last_stride(array)):
+        return np.array(array, order="C")
+    return array
+
+
+def unit_last_stride(array):
+    """Whether the elements of a row lie side by side."""
+    return array.strides[-1] == array.itemsize or array.shape[-1] <= 1
+
+
+@lru_cache(maxsize=512, typed=True)
+def describe(dtypes, shapes, strides, scale, causal):
+    """The Problem of q, k, v with these dtypes, shapes and strides (three of each).
+
+    Raises ValueError for shapes that do not fit, TypeError for mixed dtypes and options of the
+    wrong type.
+    """
+    if not dtypes[0] == dtypes[1] == dtypes[2]:
+        raise TypeError(
+            "q, k, v must have one dtype, got {}, {}, {}".format(*(d.name for d in dtypes))
+        )
+    seen = "got q {}, k {}, v {}".format(*shapes)
+    for name, shape in zip("qkv", shapes, strict=True):
+        if len(shape) < 2:
+            raise ValueError(f"{name} needs at least 2 axes (length, depth); {seen}")
+    rank = max(len(shape) for shape in shapes)
+    axes = [_full_rank(*pair, rank) for pair in zip(shapes, strides, strict=True)]
+    (q_lead, (Hq, Lq, D)), (k_lead, (Hkv, Lkv, Dk)), (v_lead, (Hv, Lv, Dv)) = (
+        (shape[:-3], shape[-3:]) for shape, _ in axes
+    )
+    if D != Dk:
+        raise ValueError(f"q and k must have one depth (last axis); {seen}")
+    if D == 0:
+        raise ValueError(f"q and k need a depth (last axis) of at least 1; {seen}")
+    if Lkv != Lv:
+        raise ValueError(f"k and v must have one length (axis -2); {seen}")
+    if Hkv != Hv:
+        raise ValueError(f"k and v must have one number of heads (axis -3); {seen}")
+    if Hq % Hkv if Hkv else Hq:
+        raise ValueError(f"the heads of q (axis -3) must be a multiple of those of k and v; {seen}")
+    try:
+        lead = np.broadcast_shapes(q_lead, k_lead, v_lead)
+    except ValueError:
+        raise ValueError(f"the leading axes do not broadcast; {seen}") from None
+    if max(Lq * max(Hq, 1), Lkv, D, Dv) > FARTHEST or max(D, Dv) > 2**24:
+        raise ValueError(f"too large; {seen}")
+
+    # The axes of the result are those that the caller used: 2-D, 3-D or with heads.
+    rows_shape = (*lead, Hq, Lq) if rank > 3 else (*lead[3 - rank :], Lq)
+    q_bytes, k_bytes, v_bytes = (stride for _, stride in axes)
+    return Problem(
+        dtype=DTYPES[dtypes[0]],
+        lead=lead,
+        Hq=Hq,
+        Hkv=Hkv,
+        Lq=Lq,
+        Lkv=Lkv,
+        D=D,
+        Dv=Dv,
+        q_lead=_broadcast_strides(q_lead, q_bytes, lead),
+        k_lead=_broadcast_strides(k_lead, k_bytes, lead),
+        v_lead=_broadcast_strides(v_lead, v_bytes, lead),
+        q_strides=q_bytes[-3:-1],
+        k_strides=k_bytes[-3:-1],
+        v_strides=v_bytes[-3:-1],
+        out_shape=(*rows_shape, Dv),
+        lse_shape=rows_shape,
+        scale=_scale(scale, D),
+        causal=_flag(causal, "causal"),
+    )
+
+
+def _full_rank(shape, strides, rank):
+    """Shape and strides as (lead ..., H, L, D), axes of length 1 put in where one is missing.
+
+    rank is that of the largest array: 4 or more has heads, and axes are missing in front, as NumPy
+    broadcasts; (B, L, D) and (L, D) have none, and the axis before L is a batch.
+    """
+    front = (1,) * ((rank if rank > 3 else 3) - len(shape))
+    heads = () if rank > 3 else (1,)
+    return front + shape[:-2] + heads + shape[-2:], (*front, *strides[:-2], *heads, *strides[-2:])
+
+
+def _broadcast_strides(own, strides, lead):
+    """Strides of the leading axes once they are broadcast to `lead`."""
+    return tuple(0 if n == 1 else s for n, s in zip(own, strides[: len(lead)], strict=True))
+
+
+def _scale(scale, D):
+    if scale is None:
+        return 1 / math.sqrt(D)
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be a real number, got {type(scale).__name__}") from None
+    if isinstance(scale, str | bytes) or not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    return value
+
+
+def _flag(value, name):
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def per_member(value, name, lead, default, least, most):
+    """One integer for each member of the batch: an int, or an int64 array of len(members).
+
+    value is None (the default), an int, or an integer array that broadcasts to `lead`.
+    """
+    if value is None:
+        return default
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        value = int(value)
+        low = high = value
+    else:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be an int or integers, one a batch member, got {value!r}")
+        try:
+            array = np.broadcast_to(array, lead)
+        except ValueError:
+            raise ValueError(
+                f"{name} has shape {array.shape}, which does not fit the batch {lead}"
+            ) from None
+        if array.size == 0:
+            return default
+        low, high = int(array.min()), int(array.max())
+        value = low if low == high else array.astype(np.int64).ravel()
+    if low < least or high > most:
+        wrong = low if low < least else high
+        raise ValueError(f"{name} must be between {least} and {most}, got {wrong}")
+    return value
+
+
+def thread_count(threads):
+    """A number of threads, or None for the machine's choice."""
+    return None if threads is None else _at_least_one(threads, "threads")
+
+
+def tile_sizes(tiles):
+    """(Tq, Tk), or None for the plan's choice."""
+    if tiles is None:
+        return None
+    try:
+        rows, keys = tiles
+    except (TypeError, ValueError):
+        raise TypeError(f"tiles must be a pair (query rows, keys), got {tiles!r}") from None
+    return _at_least_one(rows, "tiles[0]"), _at_least_one(keys, "tiles[1]")
+
+
+def _at_least_one(value, name):
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if not 1 <= number <= FARTHEST:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def output(out, problem, dtype):
+    """Check the array that the caller wants filled; nothing is written here."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}, the result has {dtype}")
+    if out.shape != problem.out_shape:
+        raise ValueError(f"out has shape {out.shape}, the result has {problem.out_shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+        raise ValueError("out has elements that share memory (a stride of 0)")
+    return out
+
+
+def refuse(**later):
+    """Arguments whose meaning is settled but which do nothing yet: better an error than silence."""
+    for name, value in later.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} is not supported yet; pass {name}=None")
+
+
+def needs_own_memory(out, *inputs):
+    """Whether the result must be computed beside `out`, then copied: overlap, or odd memory."""
+    return (
+        not out.flags.aligned
+        or not unit_last_stride(out)
+        or any(np.may_share_memory(out, x) for x in inputs)
+    )

@@ -1,0 +1,89 @@
+"""How many threads a call may use, and how to use them in a process that was forked."""
+
+import math
+import os
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from flashcpu import _engine
+
+_forked = False
+
+
+def _after_fork_in_child():
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def usable_cores():
+    """Cores of this process: its affinity, within the quota of its cgroup."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, cgroup_quota()))
+
+
+@cache
+def cgroup_quota():
+    """Whole cores that the cgroup pays for, rounded up; very many where nothing limits them."""
+    unlimited = 1 << 30
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            first = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
+            quota, period = first, Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return unlimited
+    if quota.strip() in ("max", "-1"):
+        return unlimited
+    return math.ceil(int(quota) / int(period))
+
+
+def limit(threads):
+    """The largest number of threads for a call: the caller's, or what OpenMP says now.
+
+    omp_get_max_threads() is asked at every call, so that threadpoolctl and OMP_NUM_THREADS work.
+    Inside another parallel region it is one.
+    """
+    if _engine.in_parallel():
+        return 1
+    return threads or min(_engine.omp_threads(), usable_cores())
+
+
+def run(call, threads):
+    """call(stop), on a thread that libgomp does not know when this process was forked.
+
+    libgomp keeps its pool of threads with the thread that made it; in a forked child that pool is
+    dead and the next parallel region waits for it for ever. A new thread starts with a new pool.
+    """
+    if not _forked or threads == 1:
+        return call(None)
+    stop = np.zeros(1, np.int32)
+    errors = []
+
+    def on_new_thread():
+        try:
+            call(stop)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=on_new_thread, name="flashcpu")
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        # Signals reach the waiting thread: end the call before what it writes to is gone.
+        stop[0] = 1
+        thread.join()
+        raise
+    if errors:
+        raise errors[0]

@@ -1,0 +1,21 @@
+"""Builds the one extension; everything else is in pyproject.toml."""
+
+from glob import glob
+
+import numpy as np
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+engine = Extension(
+    "flashcpu._engine",
+    # Each stub in isa/ chooses its own instruction set with a pragma, so the flags are common.
+    sources=["flashcpu/_engine.pyx", "flashcpu/kernels/dispatch.c", *sorted(glob("flashcpu/kernels/isa/*.c"))],
+    depends=glob("flashcpu/kernels/*.h") + glob("flashcpu/kernels/*.inc"),
+    include_dirs=[np.get_include(), "flashcpu"],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+    # Masks are -inf and results are promised bit for bit: never -ffast-math, no contraction.
+    extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+)
+
+setup(ext_modules=cythonize([engine]))
