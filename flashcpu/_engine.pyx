@@ -141,12 +141,6 @@ cdef struct Call:
     void *handler_error
 
 
-cdef struct Row:
-    const char *q
-    char *out
-    char *lse
-
-
 cdef struct Workspace:
     # One thread's scratch.
     fc_strip *strips
@@ -213,27 +207,33 @@ cdef int signal_arrived(void *handler_error) noexcept with gil:
     return 0
 
 
-cdef inline int64_t row_end(const Call *call, const int64_t *member, int64_t row) noexcept nogil:
-    """The first key that a row does not see: the one place that knows what causal means."""
-    cdef int64_t end = member[MEMBER_KV_LEN]
-    if call.causal:
-        end = max(<int64_t>0, min(end, member[MEMBER_Q_START] + row // call.group + 1))
-    return end
+cdef void find_rows(const Call *call, const int64_t *item, const int64_t *member, int64_t row,
+                    const fc_strip *strip, const Workspace *work, int64_t *ends) noexcept nogil:
+    """Where the rows of a strip are read and written, and the first key that each does not see.
 
-
-cdef inline Row row_at(const Call *call, const int64_t *member, int64_t index, int64_t head,
-                       int64_t row) noexcept nogil:
-    """Row r of a KV head is query r // G of its query head r % G."""
-    cdef int64_t query = row // call.group
-    cdef int64_t q_head = head * call.group + row % call.group
-    cdef Row at
-    at.q = call.q + member[MEMBER_Q] + q_head * call.q_head + query * call.q_row
-    at.out = call.out + member[MEMBER_OUT] + q_head * call.out_head + query * call.out_row
-    at.lse = NULL
-    if call.lse is not NULL:
-        at.lse = (call.lse + (index * call.heads + q_head) * call.lse_head
-                  + query * call.kernels.real_size)
-    return at
+    Row r of a KV head is query r // G of its query head r % G. Lanes without a row work on a copy of the
+    last one, and nobody reads what they find.
+    """
+    cdef int64_t query = row // call.group, head = row % call.group
+    cdef int64_t first_head = item[ITEM_HEAD] * call.group
+    cdef const char *q = call.q + member[MEMBER_Q] + first_head * call.q_head
+    cdef char *out = call.out + member[MEMBER_OUT] + first_head * call.out_head
+    cdef char *lse = call.lse
+    cdef int lane
+    if lse is not NULL:
+        lse += (item[ITEM_MEMBER] * call.heads + first_head) * call.lse_head
+    for lane in range(strip.nv * call.kernels.lanes):
+        work.q_rows[lane] = q + head * call.q_head + query * call.q_row
+        work.out_rows[lane] = out + head * call.out_head + query * call.out_row
+        work.lse_rows[lane] = lse + head * call.lse_head + query * call.kernels.real_size
+        ends[lane] = member[MEMBER_KV_LEN]
+        if call.causal:
+            ends[lane] = max(<int64_t>0, min(ends[lane], member[MEMBER_Q_START] + query + 1))
+        if lane < strip.nq - 1:
+            head += 1
+            if head == call.group:
+                head = 0
+                query += 1
 
 
 cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member,
@@ -248,7 +248,7 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
     cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
     cdef int64_t row = item[ITEM_ROW0], end
-    cdef int strips = 0, vectors, nk, n, full, i, lane
+    cdef int strips = 0, vectors, nk, n, full, i
     cdef int strip_lanes = FC_NV * kernels.lanes
     cdef int64_t *ends
     cdef const void *k_tile
@@ -256,7 +256,6 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     cdef ptrdiff_t ldk, ldv, panel
     cdef fc_strip *strip
     cdef fc_strip part
-    cdef Row at
 
     # Pack the queries, a strip at a time; widths 3, 3, ..., but 2 + 2 rather than 3 + 1.
     while row < item[ITEM_ROW1]:
@@ -265,9 +264,7 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
         vectors = <int>((item[ITEM_ROW1] - row + kernels.lanes - 1) // kernels.lanes)
         strip.nv = 2 if vectors == 4 else min(vectors, FC_NV)
         strip.nq = <int>min(<int64_t>strip.nv * kernels.lanes, item[ITEM_ROW1] - row)
-        for lane in range(strip.nq):
-            work.q_rows[lane] = row_at(call, member, item[ITEM_MEMBER], item[ITEM_HEAD], row + lane).q
-            ends[lane] = row_end(call, member, row + lane)
+        find_rows(call, item, member, row, strip, work, ends)
         kernels.pack(strip, work.q_rows, call.scale)
         part = strip[0]
         part.m, part.l, part.o = strip.m0, strip.l0, strip.o0
@@ -322,10 +319,7 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     row = item[ITEM_ROW0]
     for i in range(strips):
         strip = work.strips + i
-        for lane in range(strip.nq):
-            at = row_at(call, member, item[ITEM_MEMBER], item[ITEM_HEAD], row + lane)
-            work.out_rows[lane] = at.out
-            work.lse_rows[lane] = at.lse
+        find_rows(call, item, member, row, strip, work, work.row_end + i * strip_lanes)
         kernels.finish(strip, work.out_rows, work.lse_rows if call.lse is not NULL else NULL)
         row += strip.nq
 

@@ -37,7 +37,7 @@ struct fc_kernels {
     int elem_size; /* bytes of a stored element */
     int real_size; /* bytes of a computed one */
 
-    /* qt <- scale * rows, one pointer a query row */
+    /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows, double scale);
     /* (m, l, o) <- (-inf, 0, 0) */
     void (*start_span)(const struct fc_strip *);
