@@ -5,11 +5,30 @@ from glob import glob
 import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildExt(build_ext):
+    """Leaves a copy of the extension beside its source.
+
+    So that `python -m flashcpu` works in the root of a checkout too, where Python finds the folder
+    flashcpu/ before the installed package.
+    """
+
+    def run(self):
+        super().run()
+        if not self.inplace:
+            self.copy_extensions_to_source()
+
 
 engine = Extension(
     "flashcpu._engine",
-    # Each stub in isa/ chooses its own instruction set with a pragma, so the flags are common.
-    sources=["flashcpu/_engine.pyx", "flashcpu/kernels/dispatch.c", *sorted(glob("flashcpu/kernels/isa/*.c"))],
+    # Each stub in isa/ chooses its instruction set with a pragma, so the flags are common.
+    sources=[
+        "flashcpu/_engine.pyx",
+        "flashcpu/kernels/dispatch.c",
+        *sorted(glob("flashcpu/kernels/isa/*.c")),
+    ],
     depends=glob("flashcpu/kernels/*.h") + glob("flashcpu/kernels/*.inc"),
     include_dirs=[np.get_include(), "flashcpu"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
@@ -18,4 +37,4 @@ engine = Extension(
     extra_link_args=["-fopenmp"],
 )
 
-setup(ext_modules=cythonize([engine]))
+setup(ext_modules=cythonize([engine]), cmdclass={"build_ext": BuildExt})

@@ -16,9 +16,7 @@ getcontext().prec = 60
 
 def coefficients(degree):
     """Monomial coefficients of g, constant term first, as fractions."""
-    nodes = [
-        Fraction(math.cos(math.pi * (2 * i + 1) / (2 * degree)) / 2) for i in range(degree)
-    ]
+    nodes = [Fraction(math.cos(math.pi * (2 * i + 1) / (2 * degree)) / 2) for i in range(degree)]
     ln2 = Decimal(2).ln()
     values = []
     for r in nodes:

@@ -1,6 +1,14 @@
-"""flashcpu: exact tiled streaming attention for CPUs, on NumPy arrays."""
+"""flashcpu: exact tiled streaming attention (FlashAttention) for CPUs, on NumPy arrays.
+
+    attention     softmax(scale * q k^T) v, streamed; O(L) memory; the same bits however it is cut
+    show_config   what this machine gives
+
+The way through the package: api (check, plan, run) -> problem (what is asked) -> plan (how it is
+cut) -> _engine (in what order) -> kernels (the arithmetic). `flashcpu.reference` derives the method.
+"""
 
 from flashcpu.api import attention
+from flashcpu.machine import show_config
 
-__all__ = ["attention"]
+__all__ = ["attention", "show_config"]
 __version__ = "0.1.0"

@@ -2,8 +2,9 @@
 # cython: initializedcheck=False, freethreading_compatible=True
 """THE loop: work items over threads, key tiles over each item, a few kernel calls a tile.
 
-What is computed is in kernels/tile.inc, what is cut is in plan.py; here is the order. Memory that
-moves, for one item of `rows` query rows (strips of up to 48 in f32 on AVX-512) and one tile of `keys`:
+What is computed is in kernels/tile.inc, what is cut is in plan.py; here is the order. Memory
+that moves, for one item of `rows` query rows (strips of up to 48 in f32 on AVX-512) and one tile
+of `keys`:
 
     K, V     keys x D elements each from L2, L3 or memory once a tile, from L2 once a strip more
     Qt, O    D x rows, stay in L2; a strip's share (12 KiB each at D = 64) passes through L1
@@ -42,7 +43,7 @@ cdef extern from "kernels/kernels.h" nogil:
         FC_ALIGN
 
     struct fc_strip:
-        int nq, nv, d, dv
+        int nq, nv, d, dv, fresh
         void *qt
         void *m
         void *l
@@ -63,7 +64,8 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*see)(const fc_strip *, const int64_t *, int64_t) noexcept nogil
         void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*softmax)(const fc_strip *, int, int) noexcept nogil
-        void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int, int) noexcept nogil
+        void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
+                           int) noexcept nogil
         void (*merge)(const fc_strip *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -75,6 +77,10 @@ cdef extern from "kernels/kernels.h" nogil:
     const fc_kernels *fc_find(const char *dtype, const char *isa)
 
 
+cdef extern from *:
+    const char *__VERSION__
+
+COMPILER = __VERSION__.decode()
 BLOCK = FC_BLOCK
 SPAN = FC_SPAN
 STRIP_VECTORS = FC_NV
@@ -187,7 +193,6 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
         strip.o0 = carve(&at, call.dv * lanes * real)
         if base is not NULL:
             into.strips[i] = strip
-    into.k = into.v = NULL
     if call.stage_k:
         into.k = carve(&at, <Py_ssize_t>call.keys * call.d * kernels.elem_size)
     if call.stage_v:
@@ -211,8 +216,8 @@ cdef void find_rows(const Call *call, const int64_t *item, const int64_t *member
                     const fc_strip *strip, const Workspace *work, int64_t *ends) noexcept nogil:
     """Where the rows of a strip are read and written, and the first key that each does not see.
 
-    Row r of a KV head is query r // G of its query head r % G. Lanes without a row work on a copy of the
-    last one, and nobody reads what they find.
+    Row r of a KV head is query r // G of its query head r % G. A lane without a row works on a copy of
+    the last one, and nobody reads what they find.
     """
     cdef int64_t query = row // call.group, head = row % call.group
     cdef int64_t first_head = item[ITEM_HEAD] * call.group
@@ -236,45 +241,73 @@ cdef void find_rows(const Call *call, const int64_t *item, const int64_t *member
                 query += 1
 
 
-cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member,
-                      const Workspace *work, double *looked) noexcept nogil:
-    """Stream the keys of one item past its query rows.
+cdef int pack_rows(const Call *call, const int64_t *item, const int64_t *member,
+                   const Workspace *work) noexcept nogil:
+    """Pack the queries of an item, a strip at a time; return how many strips there are.
 
-    The last step of the ladder, flash_attention_algorithmic, on strips; spans of keys are joined as in
-    flash_attention.
+    Widths are 3, 3, ... vectors, but 2 + 2 rather than 3 + 1: one vector alone is slow.
     """
     cdef const fc_kernels *kernels = call.kernels
-    cdef int64_t key_end = item[ITEM_KEY1], key, span_end
-    cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
-    cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
-    cdef int64_t row = item[ITEM_ROW0], end
-    cdef int strips = 0, vectors, nk, n, full, i
-    cdef int strip_lanes = FC_NV * kernels.lanes
+    cdef int64_t row = item[ITEM_ROW0]
     cdef int64_t *ends
-    cdef const void *k_tile
-    cdef const void *v_tile
-    cdef ptrdiff_t ldk, ldv, panel
+    cdef int strips = 0, vectors
     cdef fc_strip *strip
-    cdef fc_strip part
-
-    # Pack the queries, a strip at a time; widths 3, 3, ..., but 2 + 2 rather than 3 + 1.
+    cdef fc_strip merged
     while row < item[ITEM_ROW1]:
         strip = work.strips + strips
-        ends = work.row_end + strips * strip_lanes
+        ends = work.row_end + strips * FC_NV * kernels.lanes
         vectors = <int>((item[ITEM_ROW1] - row + kernels.lanes - 1) // kernels.lanes)
         strip.nv = 2 if vectors == 4 else min(vectors, FC_NV)
         strip.nq = <int>min(<int64_t>strip.nv * kernels.lanes, item[ITEM_ROW1] - row)
         find_rows(call, item, member, row, strip, work, ends)
         kernels.pack(strip, work.q_rows, call.scale)
-        part = strip[0]
-        part.m, part.l, part.o = strip.m0, strip.l0, strip.o0
-        kernels.start_span(&part)
+        # Nothing seen so far, and nothing at all when the rows see no key.
+        merged = strip[0]
+        merged.m, merged.l = strip.m0, strip.l0
+        kernels.start_span(&merged)
         row += strip.nq
         strips += 1
+    return strips
 
-    key = 0
-    while key < key_end:
-        span_end = min((key // FC_SPAN + 1) * FC_SPAN, key_end)
+
+cdef void finish_rows(const Call *call, const int64_t *item, const int64_t *member,
+                      const Workspace *work, int strips) noexcept nogil:
+    """Write the rows of an item."""
+    cdef const fc_kernels *kernels = call.kernels
+    cdef int64_t row = item[ITEM_ROW0]
+    cdef fc_strip *strip
+    cdef int i
+    for i in range(strips):
+        strip = work.strips + i
+        find_rows(call, item, member, row, strip, work,
+                  work.row_end + i * FC_NV * kernels.lanes)
+        kernels.finish(strip, work.out_rows, work.lse_rows if call.lse is not NULL else NULL)
+        row += strip.nq
+
+
+cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member, char *scratch,
+                      double *looked) noexcept nogil:
+    """Stream the keys of one item past its query rows.
+
+    The last step of the ladder, flash_attention_algorithmic, on strips; spans of keys are joined as
+    in flash_attention.
+    """
+    cdef const fc_kernels *kernels = call.kernels
+    cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
+    cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
+    cdef const void *k_tile
+    cdef const void *v_tile
+    cdef ptrdiff_t ldk, ldv, panel
+    cdef int64_t key = 0, span_end, end
+    cdef int64_t *ends
+    cdef int strips, nk, n, full, i
+    cdef fc_strip strip
+    cdef Workspace work
+
+    lay_out(call, scratch, &work)
+    strips = pack_rows(call, item, member, &work)
+    while key < item[ITEM_KEY1]:
+        span_end = min((key // FC_SPAN + 1) * FC_SPAN, item[ITEM_KEY1])
         nk = <int>min(<int64_t>call.keys, span_end - key)
         k_tile, ldk = k + key * call.k_row, call.k_row // kernels.elem_size
         v_tile, ldv, panel = v + key * call.v_row, call.v_row // kernels.elem_size, kernels.panel
@@ -286,26 +319,28 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
             v_tile, ldv, panel = work.v, kernels.panel, <ptrdiff_t>nk * kernels.panel
 
         for i in range(strips):
-            strip = work.strips + i
-            ends = work.row_end + i * strip_lanes
+            strip = work.strips[i]
+            ends = work.row_end + i * FC_NV * kernels.lanes
+            # Rows see the keys up to their ends, in ascending order: n of this tile are seen by
+            # any row of the strip, `full` by all of them.
             end = min(span_end, ends[strip.nq - 1])
             n = <int>min(<int64_t>nk, end - key)
             if n <= 0:
                 continue
             full = <int>max(<int64_t>0, min(<int64_t>n, ends[0] - key))
-            part = strip[0]
             if key < FC_SPAN:
                 # The first span needs no merge: it streams into the merged state itself.
-                part.m, part.l, part.o = strip.m0, strip.l0, strip.o0
-            elif key % FC_SPAN == 0:
-                kernels.start_span(&part)
+                strip.m, strip.l, strip.o = strip.m0, strip.l0, strip.o0
+            strip.fresh = key % FC_SPAN == 0
+            if strip.fresh:
+                kernels.start_span(&strip)
             if full < n:
-                kernels.see(&part, ends, key)
-            kernels.scores(&part, k_tile, ldk, n, full)
-            kernels.softmax(&part, n, full)
-            kernels.accumulate(&part, v_tile, ldv, panel, n, full)
+                kernels.see(&strip, ends, key)
+            kernels.scores(&strip, k_tile, ldk, n, full)
+            kernels.softmax(&strip, n, full)
+            kernels.accumulate(&strip, v_tile, ldv, panel, n, full)
             if key >= FC_SPAN and key + n == end:
-                kernels.merge(&part)
+                kernels.merge(&strip)
         key += nk
 
         if call.stop[0]:
@@ -315,13 +350,29 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
             if signal_arrived(call.handler_error):
                 call.stop[0] = 1
                 return
+    finish_rows(call, item, member, &work, strips)
 
-    row = item[ITEM_ROW0]
-    for i in range(strips):
-        strip = work.strips + i
-        find_rows(call, item, member, row, strip, work, work.row_end + i * strip_lanes)
-        kernels.finish(strip, work.out_rows, work.lse_rows if call.lse is not NULL else NULL)
-        row += strip.nq
+
+cdef void attend_items(const Call *call, const int64_t[:, ::1] items,
+                       const int64_t[:, ::1] members, int threads, char *scratch,
+                       Py_ssize_t scratch_size) noexcept nogil:
+    """Items in their order to whichever thread is free; the calling thread looks for signals.
+
+    One thread needs no parallel region, and does not start one.
+    """
+    cdef double looked = openmp.omp_get_wtime()
+    cdef Py_ssize_t i
+    if threads == 1:
+        for i in range(items.shape[0]):
+            attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], scratch, &looked)
+            if call.stop[0]:
+                return
+    else:
+        for i in prange(items.shape[0], schedule="dynamic", chunksize=1, num_threads=threads):
+            if call.stop[0] == 0:
+                attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0],
+                            scratch + threadid() * scratch_size,
+                            &looked if threadid() == 0 else NULL)
 
 
 def attend(Kernels kernels, arrays, strides, shape, plan, double scale, bint causal, int threads,
@@ -337,11 +388,9 @@ def attend(Kernels kernels, arrays, strides, shape, plan, double scale, bint cau
     cdef int own_stop = 0
     cdef Call call
     cdef list handler_error = []
-    cdef Workspace work
+    cdef Workspace unplaced
     cdef Py_ssize_t size
     cdef char *scratch = NULL
-    cdef double looked = openmp.omp_get_wtime()
-    cdef Py_ssize_t i
 
     q, k, v, out, lse = arrays
     call.strips, call.keys, call.stage_k, call.stage_v, _, members, items = plan
@@ -357,54 +406,26 @@ def attend(Kernels kernels, arrays, strides, shape, plan, double scale, bint cau
     call.stop = &own_stop if stop is None else &stop[0]
     call.handler_error = <void *>handler_error
 
-    size = lay_out(&call, NULL, &work)
+    size = lay_out(&call, NULL, &unplaced)
     if posix_memalign(<void **>&scratch, FC_ALIGN, size * threads):
         raise MemoryError(f"no memory for {threads} workspaces of {size} bytes")
     try:
         with nogil:
-            if threads == 1:
-                lay_out(&call, scratch, &work)
-                for i in range(items.shape[0]):
-                    attend_item(&call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], &work, &looked)
-                    if call.stop[0]:
-                        break
-            else:
-                share(&call, items, members, threads, scratch, size, &looked)
+            attend_items(&call, items, members, threads, scratch, size)
     finally:
         free(scratch)
     if handler_error:
         raise handler_error[0]
 
 
-cdef void share(const Call *call, const int64_t[:, ::1] items, const int64_t[:, ::1] members,
-                int threads, char *scratch, Py_ssize_t size, double *looked) noexcept nogil:
-    """One parallel region: items in their order to whichever thread is free."""
-    cdef Py_ssize_t i
-    cdef Workspace work
-    cdef int thread
-    for i in prange(items.shape[0], schedule="dynamic", chunksize=1, num_threads=threads):
-        if call.stop[0]:
-            continue
-        thread = threadid()
-        attend_shared(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0],
-                      scratch + thread * size, looked if thread == 0 else NULL)
-
-
-cdef void attend_shared(const Call *call, const int64_t *item, const int64_t *member, char *scratch,
-                        double *looked) noexcept nogil:
-    cdef Workspace work
-    lay_out(call, scratch, &work)
-    attend_item(call, item, member, &work, looked)
-
-
 def workspace_bytes(Kernels kernels, int d, int dv, tile):
     """Scratch of one thread."""
     cdef Call call
-    cdef Workspace work
+    cdef Workspace unplaced
     call.kernels = kernels.table
     call.d, call.dv = d, dv
     call.strips, call.keys, call.stage_k, call.stage_v = tile
-    return lay_out(&call, NULL, &work)
+    return lay_out(&call, NULL, &unplaced)
 
 
 def isas():

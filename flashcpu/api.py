@@ -67,8 +67,8 @@ def attention(
         How many keys each member of the batch has; keys and values from there on are never read.
         B stands for the broadcast leading axes.
     q_start : int or (B,) integers, default kv_len - Lq
-        Position of the first query. The default is that of a KV cache: the last query sees all keys.
-        Without causal it has no effect.
+        Position of the first query. The default is that of a KV cache: the last query sees
+        all keys. Without causal it has no effect.
     return_lse : bool
         Return also the natural logarithm of each row's softmax denominator.
     out : (..., Hq, Lq, Dv) array, optional
@@ -149,10 +149,7 @@ def attention(
     kernels, lanes = machine.kernels(asked.dtype, machine.isa())
     strides = asked.result_strides(result.strides)
     cut = plan.cut(asked, lanes, strides, kv_len, q_start, tiles)
-    if cut.threads > 1:
-        threads = min(cut.threads, threading_.limit(threads))
-    else:
-        threads = 1
+    threads = min(cut.threads, threading_.limit(threads)) if cut.threads > 1 else 1
     call = partial(
         _engine.attend,
         kernels,

@@ -11,6 +11,7 @@ import numpy as np
 
 from flashcpu import _engine
 from flashcpu.plan import Lanes
+from flashcpu.threads import limit, usable_cores
 
 ISAS = tuple(_engine.isas())
 
@@ -67,8 +68,58 @@ def caches():
             if (index / "type").read_text().strip() != "Instruction":
                 level = "L" + (index / "level").read_text().strip()
                 text = (index / "size").read_text().strip()
-                sizes[level] = int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0)
+                sizes[level] = int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(
+                    text[-1], 0
+                )
     return sizes
+
+
+def show_config():
+    """Print what this machine gives flashcpu, and return the same facts as a dict.
+
+    Returns
+    -------
+    dict
+        version, numpy, cpu, isa (in use), isas (all there are), caches (bytes), cores (usable by
+        this process), threads (of a call now), compiler.
+
+    Examples
+    --------
+    >>> import flashcpu
+    >>> facts = flashcpu.show_config()  # doctest: +ELLIPSIS
+    flashcpu ...
+    >>> facts["isa"] in facts["isas"]
+    True
+    """
+    from flashcpu import __version__  # not at import: the package imports this module
+
+    facts = {
+        "version": __version__,
+        "numpy": np.__version__,
+        "cpu": cpu_name(),
+        "isa": isa(),
+        "isas": ISAS,
+        "caches": caches(),
+        "cores": usable_cores(),
+        "threads": limit(None),
+        "compiler": _engine.COMPILER,
+    }
+    sizes = ", ".join(f"{level} {size_text(size)}" for level, size in facts["caches"].items())
+    print(f"flashcpu {facts['version']}, NumPy {facts['numpy']}")
+    print(f"  CPU        {facts['cpu']}")
+    print(f"  kernels    {facts['isa']} (of {', '.join(ISAS)}; FLASHCPU_ISA chooses)")
+    print(f"  caches     {sizes or 'unknown'}")
+    print(f"  threads    {facts['threads']} (of {facts['cores']} usable cores)")
+    print(f"  compiler   {facts['compiler']}")
+    return facts
+
+
+def size_text(size):
+    """Bytes for people: 786432 -> '768 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if size >= 10 or size == int(size) else f"{size:.1f} {unit}"
+        size /= 1024
 
 
 def fma_rate(dtype="f32", isa_name=None, seconds=0.1):

@@ -1,5 +1,6 @@
 /* Which instruction sets this CPU and this build have. __builtin_cpu_supports asks CPUID and, for
- * the vector registers, XGETBV too: an operating system that does not save them counts as without. */
+ * the vector registers, XGETBV too: an operating system that does not save them counts as without.
+ */
 #include "kernels.h"
 
 #include <string.h>
@@ -16,13 +17,11 @@ DTYPES(DECLARE, avx2)
 DTYPES(DECLARE, neon)
 #endif
 
-static const struct fc_kernels *const tables[] = {
-    DTYPES(ENTRY, scalar)
+static const struct fc_kernels *const tables[] = {DTYPES(ENTRY, scalar)
 #if defined(__x86_64__)
-    DTYPES(ENTRY, avx512)
-    DTYPES(ENTRY, avx2)
+                                                      DTYPES(ENTRY, avx512) DTYPES(ENTRY, avx2)
 #elif defined(__aarch64__)
-    DTYPES(ENTRY, neon)
+                                                      DTYPES(ENTRY, neon)
 #endif
 };
 

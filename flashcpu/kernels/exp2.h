@@ -4,8 +4,8 @@
  *
  * Adding MAGIC = 1.5 * 2^mantissa + bias rounds x to n and leaves n + bias in the low bits, which
  * shifted left are the float 2^n: no conversion, no separate exponent add. With n = -bias that
- * float is +0, so x below about -126.5 (f32) or -1022.5 (f64) gives exactly +0: a weight of less than
- * 2^-126 of the row's largest. x = 0 gives exactly 1; -inf gives 0; NaN stays NaN whatever its
+ * float is +0, so x below about -126.5 (f32) or -1022.5 (f64) gives exactly +0: a weight of less
+ * than 2^-126 of the row's largest. x = 0 gives exactly 1; -inf gives 0; NaN stays NaN whatever its
  * payload, because the last step is a multiplication. Adds run beside FMAs; 7 (f32) or 12 (f64)
  * operations need the FMA pipes.
  *
@@ -15,8 +15,7 @@
 #define EXP2_BIAS 127
 #define EXP2_DEGREE 6
 static const real exp2_g[EXP2_DEGREE] = {
-    0x1.62e43p-1f,   0x1.ebfbep-3f,  0x1.c6af6cp-5f,
-    0x1.3b2a54p-7f, 0x1.5f089p-10f, 0x1.44138ap-13f,
+    0x1.62e43p-1f, 0x1.ebfbep-3f, 0x1.c6af6cp-5f, 0x1.3b2a54p-7f, 0x1.5f089p-10f, 0x1.44138ap-13f,
 };
 #define EXP2_MAGIC (0x1.8p23f + EXP2_BIAS)
 #else
@@ -62,7 +61,8 @@ INLINE vec v_exp2(vec x) {
 }
 
 /* log l for l >= 1 (or NaN), in double with one order of operations on every instruction set:
- * l = 2^e f with f in [sqrt 1/2, sqrt 2), log f = 2 atanh((f-1)/(f+1)), |s| < 0.172, s^21 < 1e-16. */
+ * l = 2^e f with f in [sqrt 1/2, sqrt 2), log f = 2 atanh((f-1)/(f+1)), |s| < 0.172, s^21 < 1e-16.
+ */
 INLINE double log_of_sum(double l) {
     int e;
     double f = frexp(l, &e);

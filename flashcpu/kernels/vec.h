@@ -44,7 +44,8 @@ typedef real elem;
 #define INLINE static inline __attribute__((always_inline))
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
-typedef real vec_unaligned __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+typedef real vec_unaligned
+    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
 typedef real_bits vec_bits __attribute__((vector_size(VEC_BYTES)));
 
 INLINE vec v_splat(real x) { return x - (vec){0}; }
@@ -97,9 +98,7 @@ INLINE void v_store_n(elem *p, vec x, int n) {
 typedef vec_bits mask;
 INLINE mask mask_lt(vec a, vec b) { return a < b; }
 INLINE mask mask_eq(vec a, vec b) { return a == b; }
-INLINE mask mask_counted(vec p) {
-    return (vec_bits)p != (vec_bits)v_splat((real)-0.0);
-}
+INLINE mask mask_counted(vec p) { return (vec_bits)p != (vec_bits)v_splat((real)-0.0); }
 #if defined(FC_AVX2) && FC_REAL == 32
 INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
@@ -109,9 +108,7 @@ INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
 INLINE vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
 INLINE vec v_select(mask m, vec a, vec b) { return _mm256_blendv_pd(b, a, (vec)m); }
 #else
-INLINE vec v_select(mask m, vec a, vec b) {
-    return (vec)(((vec_bits)a & m) | ((vec_bits)b & ~m));
-}
+INLINE vec v_select(mask m, vec a, vec b) { return (vec)(((vec_bits)a & m) | ((vec_bits)b & ~m)); }
 #if defined(FC_NEON) && FC_REAL == 32
 INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }

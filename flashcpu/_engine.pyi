@@ -1,0 +1,33 @@
+from typing import Any
+
+BLOCK: int
+SPAN: int
+STRIP_VECTORS: int
+COMPILER: str
+
+class Kernels:
+    dtype: str
+    isa: str
+    lanes: int
+    itemsize: int
+    def __init__(self, dtype: str, isa: str) -> None: ...
+    def fma_rate(self, seconds: float) -> float: ...
+    def read_bytes(self, buffer: Any, threads: int) -> None: ...
+
+def attend(
+    kernels: Kernels,
+    arrays: tuple[Any, ...],
+    strides: tuple[int, ...],
+    shape: tuple[int, ...],
+    plan: tuple[Any, ...],
+    scale: float,
+    causal: bool,
+    threads: int,
+    stop: Any = None,
+) -> None: ...
+def workspace_bytes(
+    kernels: Kernels, d: int, dv: int, tile: tuple[int, int, bool, bool]
+) -> int: ...
+def isas() -> list[str]: ...
+def omp_threads() -> int: ...
+def in_parallel() -> bool: ...

@@ -1,0 +1,48 @@
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Real: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
+
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: None = None,
+    mask: None = None,
+    kv_len: ArrayLike | None = None,
+    q_start: ArrayLike | None = None,
+    softcap: None = None,
+    alibi_slopes: None = None,
+    sinks: None = None,
+    return_lse: Literal[False] = False,
+    out: NDArray[Any] | None = None,
+    threads: int | None = None,
+    tiles: Sequence[int] | None = None,
+) -> Real: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: None = None,
+    mask: None = None,
+    kv_len: ArrayLike | None = None,
+    q_start: ArrayLike | None = None,
+    softcap: None = None,
+    alibi_slopes: None = None,
+    sinks: None = None,
+    return_lse: Literal[True],
+    out: NDArray[Any] | None = None,
+    threads: int | None = None,
+    tiles: Sequence[int] | None = None,
+) -> tuple[Real, Real]: ...
