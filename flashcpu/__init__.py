@@ -4,7 +4,8 @@
     show_config   what this machine gives
 
 The way through the package: api (check, plan, run) -> problem (what is asked) -> plan (how it is
-cut) -> _engine (in what order) -> kernels (the arithmetic). `flashcpu.reference` derives the method.
+cut) -> _engine (in what order) -> kernels (the arithmetic). `flashcpu.reference` derives the
+method.
 """
 
 from flashcpu.api import attention

@@ -3,6 +3,7 @@
 import statistics
 import time
 import tracemalloc
+from functools import partial
 
 import numpy as np
 
@@ -104,8 +105,8 @@ def compare():
         peak = threads * machine.fma_rate("f32")
         line = f"  {L:5}  |"
         for call, memory in (
-            (lambda: attention(q, k, v), scratch_bytes(q, k, v)),
-            (lambda: numpy_attention(q, k, v), None),
+            (partial(attention, q, k, v), scratch_bytes(q, k, v)),
+            (partial(numpy_attention, q, k, v), None),
         ):
             call()
             took = seconds_of(call)

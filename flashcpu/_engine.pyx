@@ -80,7 +80,7 @@ cdef extern from "kernels/kernels.h" nogil:
 cdef extern from *:
     const char *__VERSION__
 
-COMPILER = __VERSION__.decode()
+COMPILER = "gcc " + __VERSION__.decode()  # clang says its name itself
 BLOCK = FC_BLOCK
 SPAN = FC_SPAN
 STRIP_VECTORS = FC_NV
@@ -216,8 +216,8 @@ cdef void find_rows(const Call *call, const int64_t *item, const int64_t *member
                     const fc_strip *strip, const Workspace *work, int64_t *ends) noexcept nogil:
     """Where the rows of a strip are read and written, and the first key that each does not see.
 
-    Row r of a KV head is query r // G of its query head r % G. A lane without a row works on a copy of
-    the last one, and nobody reads what they find.
+    Row r of a KV head is query r // G of its query head r % G. A lane without a row works on a copy
+    of the last one, and nobody reads what it finds.
     """
     cdef int64_t query = row // call.group, head = row % call.group
     cdef int64_t first_head = item[ITEM_HEAD] * call.group

@@ -1,0 +1,187 @@
+"""What the benchmarks share: cases and their inputs, the machine's limits, checking, timing, facts.
+
+Nothing here compares anything; compare.py and tiles.py do.
+"""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import threadpoolctl
+
+from flashcpu import _engine, machine
+from flashcpu.reference import oracle, visible_keys
+
+DTYPES = {"f32": np.float32, "f64": np.float64}
+# Either one alone makes NumPy's OpenBLAS take kernels or blocks of another CPU.
+BLAS_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+# Scores (B * Hq * Lq * Lkv) up to which every row is checked, and the rows of a sample beyond that.
+CHECKED_WHOLE = 1 << 21
+SAMPLE = 50
+# Largest error, in units of the dtype's epsilon times the largest expected element. Right answers,
+# NumPy's too, show up to 17 on these inputs; one key of 2048 left out shows a million.
+TOLERANCE = 100
+
+
+class Case(NamedTuple):
+    """One problem: q is (B, Hq, Lq, D), k and v are (B, Hkv, Lkv, D)."""
+
+    B: int
+    Hq: int
+    Hkv: int
+    Lq: int
+    Lkv: int
+    D: int
+    dtype: str = "f32"
+    causal: bool = False
+
+    @property
+    def shape(self):
+        """The lengths as the tables print them."""
+        return " ".join(map(str, self[:6]))
+
+    @property
+    def flops(self):
+        """Two for each multiply-add of q k^T and P v; under causal only the pairs that are seen."""
+        pairs = self.Lq * self.Lkv
+        if self.causal:
+            pairs = int(np.count_nonzero(visible_keys(self.Lq, self.Lkv, causal=True)))
+        return 4 * self.B * self.Hq * pairs * self.D
+
+    def inputs(self):
+        """q, k, v: normal numbers, the same in every run."""
+        rng = np.random.default_rng(0)
+        heads_and_lengths = ((self.Hq, self.Lq), (self.Hkv, self.Lkv), (self.Hkv, self.Lkv))
+        return tuple(
+            rng.standard_normal((self.B, H, L, self.D), DTYPES[self.dtype])
+            for H, L in heads_and_lengths
+        )
+
+
+def start_clean():
+    """Start this process again without BLAS_VARIABLES, if it has any: they act when NumPy loads."""
+    if any(name in os.environ for name in BLAS_VARIABLES):
+        kept = {name: text for name, text in os.environ.items() if name not in BLAS_VARIABLES}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept)
+
+
+def expected_attention(case, q, k, v, q_start):
+    """The float64 answer for the queries q, of which the first stands at q_start."""
+    return oracle(q, k, v, causal=case.causal, q_start=q_start)[0]
+
+
+def worst_error(case, arrays, answer, expected=expected_attention):
+    """Largest error of an answer, relative to TOLERANCE: up to 1 it is right.
+
+    Parameters
+    ----------
+    case : Case
+    arrays : q, k, v
+    answer : (B, Hq, Lq, D) array
+    expected : function of (case, q, k, v, q_start)
+        The truth in float64. Called with runs of query rows: all of them where that is cheap, else
+        SAMPLE at the start, in the middle and at the end, of every head.
+    """
+    q, k, v = arrays
+    if case.B * case.Hq * case.Lq * case.Lkv <= CHECKED_WHOLE:
+        runs = [slice(0, case.Lq)]
+    else:
+        last = max(0, case.Lq - SAMPLE)
+        runs = [slice(start, start + SAMPLE) for start in (0, last // 2, last)]
+    worst = 0.0
+    for run in runs:
+        truth = expected(case, q[:, :, run], k, v, case.Lkv - case.Lq + run.start)
+        allowed = TOLERANCE * np.finfo(q.dtype).eps * np.abs(truth).max()
+        worst = np.fmax(worst, np.abs(answer[:, :, run] - truth).max() / allowed)
+        if not np.isfinite(answer[:, :, run]).all():
+            worst = math.inf
+    return float(worst)
+
+
+def seconds_per_call(call, at_least):
+    """Seconds of one call, measured over so many that they last at_least.
+
+    A call that is long enough is taken as it comes; a short one first warms the caches.
+    """
+    count = 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        took = time.perf_counter() - start
+        if took >= at_least:
+            return took / count
+        count = max(count + 1, math.ceil(count * min(100.0, 1.2 * at_least / took)))
+
+
+def fma_rate(dtype, isa, threads=1, seconds=0.01):
+    """Measured flops a second of `threads` threads that do nothing but FMAs at the same time.
+
+    The best of three: whatever disturbs it can only make it slower.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        all_threads = [dtype] * threads, [isa] * threads, [seconds] * threads
+        return max(sum(pool.map(machine.fma_rate, *all_threads)) for _ in range(3))
+
+
+def facts(*packages):
+    """What a reader of the figures must know: CPU, compiler, commit, date, versions."""
+    blas = [
+        {name: pool[name] for name in ("internal_api", "version", "architecture") if name in pool}
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
+    return {
+        "cpu": machine.cpu_name(),
+        "caches": machine.caches(),
+        "isa": machine.isa(),
+        "compiler": getattr(_engine, "COMPILER", None) or platform.python_compiler(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("flashcpu", "numpy", *packages)},
+        },
+        "blas": blas,
+    }
+
+
+def _commit():
+    """The commit, with -dirty where files differ from it; 'unknown' outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+class Table:
+    """Lines of cells, aligned for a terminal or as Markdown; printed as they come."""
+
+    def __init__(self, columns, markdown=False):
+        self.widths, self.markdown = list(columns.values()), markdown
+        self.line(columns)
+        if markdown:
+            # The first column is a name, all others are numbers.
+            print("|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|")
+
+    def line(self, cells):
+        """Print one line; the first cell stands left, the others right."""
+        if self.markdown:
+            print("| " + " | ".join(cells) + " |", flush=True)
+            return
+        (first, width), *others = zip(cells, self.widths, strict=True)
+        line = [f"{first:<{width}}", *(f"{cell:>{width}}" for cell, width in others)]
+        print("  ".join(line), flush=True)
