@@ -2,7 +2,9 @@
 
 The value at r = 0 must be exactly 1 (the largest score of a row has weight 1, and an unchanged
 maximum rescales by 1), so 2^r = 1 + r g(r), and g is interpolated at Chebyshev nodes in exact
-rational arithmetic; each coefficient is then rounded once to the type. Run: python bench/exp2_coefficients.py
+rational arithmetic; each coefficient is then rounded once to the type.
+
+Run: python bench/exp2_coefficients.py
 """
 
 import math

@@ -80,7 +80,8 @@ cdef extern from "kernels/kernels.h" nogil:
 cdef extern from *:
     const char *__VERSION__
 
-COMPILER = "gcc " + __VERSION__.decode()  # clang says its name itself
+_version = __VERSION__.decode()
+COMPILER = _version if "lang" in _version else f"gcc {_version}"
 BLOCK = FC_BLOCK
 SPAN = FC_SPAN
 STRIP_VECTORS = FC_NV
