@@ -133,8 +133,8 @@ def attention(
         (q.dtype, k.dtype, v.dtype),
         (q.shape, k.shape, v.shape),
         (q.strides, k.strides, v.strides),
-        scale,
-        causal,
+        problem.scale_factor(scale),
+        problem.flag(causal, "causal"),
     )
     far = problem.FARTHEST
     kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)

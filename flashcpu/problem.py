@@ -5,6 +5,7 @@ cached and planned for; nothing here looks at an element of q, k or v. Next: pla
 """
 
 import math
+import numbers
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,8 @@ import numpy as np
 
 # The largest number a position or a length may be, so that sums of three of them fit 64 bits.
 FARTHEST = 2**60
+# The largest depth: lengths of rows are C ints in the kernels.
+DEEPEST = 2**24
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = {F32: "f32", F64: "f64"}
@@ -65,7 +68,10 @@ def operand(array, name):
     if type(array) is not np.ndarray:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array; pass its data, and kv_len or causal")
-        array = np.asarray(array)
+        try:
+            array = np.asarray(array)
+        except ValueError as error:
+            raise ValueError(f"{name} is not an array: {error}") from None
     dtype = array.dtype
     if dtype is not F32 and dtype is not F64 and dtype not in DTYPES:
         if dtype.name in LATER_DTYPES:
@@ -84,12 +90,11 @@ def unit_last_stride(array):
     return array.strides[-1] == array.itemsize or array.shape[-1] <= 1
 
 
-@lru_cache(maxsize=512, typed=True)
+@lru_cache(maxsize=512)
 def describe(dtypes, shapes, strides, scale, causal):
     """The Problem of q, k, v with these dtypes, shapes and strides (three of each).
 
-    Raises ValueError for shapes that do not fit, TypeError for mixed dtypes and options of the
-    wrong type.
+    Raises ValueError for shapes that do not fit, TypeError for mixed dtypes.
     """
     if not dtypes[0] == dtypes[1] == dtypes[2]:
         raise TypeError(
@@ -118,8 +123,8 @@ def describe(dtypes, shapes, strides, scale, causal):
         lead = np.broadcast_shapes(q_lead, k_lead, v_lead)
     except ValueError:
         raise ValueError(f"the leading axes do not broadcast; {seen}") from None
-    if max(Lq * max(Hq, 1), Lkv, D, Dv) > FARTHEST or max(D, Dv) > 2**24:
-        raise ValueError(f"too large; {seen}")
+    if max(math.prod((*lead, Hq, Lq, max(Dv, 1))), Lkv, D) > FARTHEST or max(D, Dv) > DEEPEST:
+        raise ValueError(f"too large to be computed; {seen}")
 
     # The axes of the result are those that the caller used: 2-D, 3-D or with heads.
     rows_shape = (*lead, Hq, Lq) if rank > 3 else (*lead[3 - rank :], Lq)
@@ -141,8 +146,8 @@ def describe(dtypes, shapes, strides, scale, causal):
         v_strides=v_bytes[-3:-1],
         out_shape=(*rows_shape, Dv),
         lse_shape=rows_shape,
-        scale=_scale(scale, D),
-        causal=_flag(causal, "causal"),
+        scale=1 / math.sqrt(D) if scale is None else scale,
+        causal=causal,
     )
 
 
@@ -162,19 +167,24 @@ def _broadcast_strides(own, strides, lead):
     return tuple(0 if n == 1 else s for n, s in zip(own, strides[: len(lead)], strict=True))
 
 
-def _scale(scale, D):
-    if scale is None:
-        return 1 / math.sqrt(D)
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        raise TypeError(f"scale must be a real number, got {type(scale).__name__}") from None
-    if isinstance(scale, str | bytes) or not math.isfinite(value):
+def scale_factor(scale):
+    """The scale as a float, or None for the default."""
+    if scale is None or type(scale) is float:
+        value = scale
+    elif isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        try:
+            value = float(scale)
+        except OverflowError:
+            value = math.inf
+    else:
+        raise TypeError(f"scale must be a real number, got {scale!r}")
+    if value is not None and not math.isfinite(value):
         raise ValueError(f"scale must be finite, got {scale!r}")
     return value
 
 
-def _flag(value, name):
+def flag(value, name):
+    """True or False; NumPy's too, but no other truth."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
@@ -191,8 +201,11 @@ def per_member(value, name, lead, default, least, most):
         value = int(value)
         low = high = value
     else:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iu":
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            array = None
+        if array is None or array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be an int or integers, one a batch member, got {value!r}")
         try:
             array = np.broadcast_to(array, lead)
@@ -212,7 +225,7 @@ def per_member(value, name, lead, default, least, most):
 
 def thread_count(threads):
     """A number of threads, or None for the machine's choice."""
-    return None if threads is None else _at_least_one(threads, "threads")
+    return None if threads is None else at_least_one(threads, "threads")
 
 
 def tile_sizes(tiles):
@@ -223,10 +236,10 @@ def tile_sizes(tiles):
         rows, keys = tiles
     except (TypeError, ValueError):
         raise TypeError(f"tiles must be a pair (query rows, keys), got {tiles!r}") from None
-    return _at_least_one(rows, "tiles[0]"), _at_least_one(keys, "tiles[1]")
+    return at_least_one(rows, "tiles[0]"), at_least_one(keys, "tiles[1]")
 
 
-def _at_least_one(value, name):
+def at_least_one(value, name):
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

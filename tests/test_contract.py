@@ -1,0 +1,304 @@
+"""The contract: one answer. Every theorem here is about equal bits, never about tolerances.
+
+For given inputs and options the bits of a row do not depend on how the work was cut, on what else
+was computed, on where the arrays lie or, among those with FMA, on the instruction set.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from checks import LAYOUTS, assert_same_bits, normal
+from rules import BLOCK, SPAN, attention_by_the_rules, fma_once, fma_twice
+
+from flashcpu import _engine, attention, machine, plan
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
+causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+
+
+def assert_same(actual, expected):
+    """Pairs (out, lse) of the same bits."""
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+def both(q, k, v, **options):
+    """(out, lse)"""
+    return attention(q, k, v, return_lse=True, **options)
+
+
+# How the work is cut
+
+
+# Shapes of q, k, v: over several strips and spans; grouped heads; a short batch; one query.
+CUTS = {
+    "spans": ((1, 2, 200, 20), (1, 2, 2100, 20), (1, 2, 2100, 9)),
+    "groups": ((2, 6, 130, 33), (2, 2, 150, 33), (2, 2, 150, 40)),
+    "members": ((9, 3, 70, 16), (9, 3, 65, 16), (9, 3, 65, 16)),
+    "rows": ((1, 1, 1000, 24), (1, 1, 130, 24), (1, 1, 130, 24)),
+    "decode": ((4, 12, 1, 20), (4, 4, 3000, 20), (4, 4, 3000, 30)),
+}
+every_cut = pytest.mark.parametrize("shapes", CUTS.values(), ids=CUTS)
+
+
+@both_dtypes
+@causal_or_not
+@every_cut
+def test_any_number_of_threads(shapes, causal, dtype, rng):
+    q, k, v = normal(rng, *shapes, dtype=dtype)
+    work = math.prod(k.shape[:-1]) * q.shape[-2] * (q.shape[1] // k.shape[1])
+    assert work * (k.shape[-1] + v.shape[-1]) > plan.SMALL, "too little work for threads"
+    expected = both(q, k, v, causal=causal, threads=1)
+    for threads in (2, 3, 5):
+        assert_same(both(q, k, v, causal=causal, threads=threads), expected)
+
+
+@both_dtypes
+@causal_or_not
+@every_cut
+def test_any_tiles(shapes, causal, dtype, rng):
+    q, k, v = normal(rng, *shapes, dtype=dtype)
+    expected = both(q, k, v, causal=causal)
+    sizes = [(1, 1), (7, 65), (16, 64), (49, 192), (100, 320), (96, 448), (300, 1000), (10**6,) * 2]
+    for tiles in sizes:
+        assert_same(both(q, k, v, causal=causal, tiles=tiles), expected)
+
+
+@both_dtypes
+@pytest.mark.parametrize("chunk", [1, 7, 48, 100])
+@pytest.mark.parametrize(
+    ("group", "Lq", "Lkv"), [(1, 150, 150), (3, 150, 210), (2, 101, 1100), (1, 230, 2100)]
+)
+def test_queries_in_chunks(group, Lq, Lkv, chunk, dtype, rng):
+    """So a decode step is a row of the prefill."""
+    shapes = (1, group, Lq, 12), (1, 1, Lkv, 12), (1, 1, Lkv, 7)
+    q, k, v = normal(rng, *shapes, dtype=dtype)
+    # One query costs a call of its own; some of them say as much as all.
+    starts = range(0, Lq, chunk) if chunk > 1 else [*range(0, Lq, 13), Lq - 1]
+    for q_start in (0, Lkv - Lq, Lkv - Lq - 20):
+        whole = both(q, k, v, causal=True, q_start=q_start)
+        for at in starts:
+            rows = slice(at, at + chunk)
+            part = both(q[:, :, rows], k, v, causal=True, q_start=q_start + at)
+            assert_same(part, [x[:, :, rows] for x in whole])
+    whole = both(q, k, v)
+    for at in starts:
+        rows = slice(at, at + chunk)
+        assert_same(both(q[:, :, rows], k, v), [x[:, :, rows] for x in whole])
+
+
+# What else was computed
+
+
+@both_dtypes
+@causal_or_not
+def test_a_member_alone_and_in_its_batch(causal, dtype, rng):
+    q, k, v = normal(rng, (5, 4, 60, 12), (5, 2, 1100, 12), (5, 2, 1100, 9), dtype=dtype)
+    options = {"kv_len": [1100, 1, 0, 1025, 700], "q_start": [1040, 0, 5, -20, 690]}
+    together = both(q, k, v, causal=causal, **options)
+    for b in range(5):
+        own = {name: value[b] for name, value in options.items()}
+        alone = both(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=causal, **own)
+        assert_same(alone, [x[b : b + 1] for x in together])
+
+
+@both_dtypes
+@causal_or_not
+@pytest.mark.parametrize(("Hq", "Hkv"), [(4, 4), (6, 2), (5, 1)])
+def test_a_head_alone_and_with_others(Hq, Hkv, causal, dtype, rng):
+    q, k, v = normal(rng, (2, Hq, 60, 12), (2, Hkv, 1100, 12), (2, Hkv, 1100, 9), dtype=dtype)
+    together = both(q, k, v, causal=causal)
+    for h in range(Hq):
+        g = h // (Hq // Hkv)
+        alone = both(q[:, h], k[:, g], v[:, g], causal=causal)
+        assert_same(alone, [x[:, h] for x in together])
+
+
+@both_dtypes
+@causal_or_not
+@pytest.mark.parametrize("Lq", [1, 20, 130])
+@pytest.mark.parametrize(("Hq", "Hkv"), [(4, 1), (6, 2), (6, 3)])
+def test_grouped_heads_are_repeated_heads(Hq, Hkv, Lq, causal, dtype, rng):
+    q, k, v = normal(rng, (2, Hq, Lq, 12), (2, Hkv, 200, 12), (2, Hkv, 200, 9), dtype=dtype)
+    repeated = (np.repeat(x, Hq // Hkv, axis=1) for x in (k, v))
+    assert_same(both(q, k, v, causal=causal), both(q, *repeated, causal=causal))
+
+
+@both_dtypes
+def test_rows_do_not_know_their_neighbours(dtype, rng):
+    """Huge, infinite and NaN rows beside a row change nothing in it."""
+    q, k, v = normal(rng, (100, 12), (1100, 12), (1100, 9), dtype=dtype)
+    expected = both(q, k, v)
+    for others in (1e30, 1e-30, np.inf, np.nan):
+        mixed = np.full_like(q, others)
+        mixed[::3] = q[::3]
+        assert_same([x[::3] for x in both(mixed, k, v)], [x[::3] for x in expected])
+
+
+@both_dtypes
+def test_columns_of_values_do_not_know_each_other(dtype, rng):
+    q, k, v = normal(rng, (50, 12), (1100, 12), (1100, 37), dtype=dtype)
+    whole = attention(q, k, v)
+    for first, end in [(0, 1), (5, 6), (0, 16), (3, 20), (16, 37), (36, 37)]:
+        assert_same_bits(attention(q, k, v[:, first:end]), whole[:, first:end])
+
+
+def test_calls_from_many_threads_at_once(rng):
+    arrays = [normal(rng, (4, 70 + i, 20), (4, 200, 20), (4, 200, 9)) for i in range(8)]
+    expected = [both(*x, causal=True) for x in arrays]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            results = pool.map(lambda x: both(*x, causal=True, threads=2), arrays)
+            for actual, one in zip(results, expected, strict=True):
+                assert_same(actual, one)
+
+
+# Masks
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    "keys", [0, 1, 40, 63, 64, 65, 128, 255, 256, 257, 300, 512, 767, 1023, 1025, 1099]
+)
+def test_kv_len_is_slicing_and_keys_appended_behind_change_nothing(keys, dtype, rng):
+    q, k, v = normal(rng, (2, 60, 12), (2, 1100, 12), (2, 1100, 9), dtype=dtype)
+    for options in ({}, {"causal": True}, {"causal": True, "q_start": keys // 2}):
+        sliced = both(q, k[:, :keys], v[:, :keys], **options)
+        assert_same(both(q, k, v, kv_len=keys, **options), sliced)
+        many = both(q, k, v, kv_len=np.array([keys, 1100]), **options)
+        assert_same([x[0] for x in many], [x[0] for x in sliced])
+
+
+@both_dtypes
+@pytest.mark.parametrize("Lkv", [150, 256, 257, 520, 1025])
+def test_a_causal_row_is_attention_over_the_keys_before_it(Lkv, dtype, rng):
+    """Also where the rows of one strip end in different blocks and in different spans."""
+    q, k, v = normal(rng, (Lkv, 12), (Lkv, 12), (Lkv, 9), dtype=dtype)
+    whole = both(q, k, v, causal=True)
+    borders = [n + d for n in (48, BLOCK, SPAN, 2 * SPAN, 4 * SPAN) for d in (-2, -1, 0, 1)]
+    rows = {0, 1, 7, 8, 31, 32, Lkv - 1, *borders, *range(0, Lkv, 97)}
+    for i in sorted(row for row in rows if row < Lkv):
+        one = both(q[i : i + 1], k[: i + 1], v[: i + 1])
+        assert_same(one, [x[i : i + 1] for x in whole])
+
+
+@both_dtypes
+@pytest.mark.parametrize("q_start", [200, 230, 254, 255, 256, 500, 1000, 2020])
+@pytest.mark.parametrize("group", [1, 3, 50])
+def test_a_strip_whose_rows_end_in_different_spans(group, q_start, dtype, rng):
+    q, k, v = normal(rng, (1, group, 60, 6), (1, 1, 2100, 6), (1, 1, 2100, 5), dtype=dtype)
+    out, lse = both(q, k, v, causal=True, q_start=q_start)
+    for i in range(0, 60, 7):
+        end = q_start + i + 1
+        one = both(q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end])
+        assert_same(one, (out[:, :, i : i + 1], lse[:, :, i : i + 1]))
+
+
+@both_dtypes
+def test_a_mask_that_hides_nothing_is_none(dtype, rng):
+    q, k, v = normal(rng, (2, 60, 12), (2, 1100, 12), (2, 1100, 9), dtype=dtype)
+    plain = both(q, k, v)
+    assert_same(both(q, k, v, causal=True, q_start=1100), plain)
+    assert_same(both(q, k, v, kv_len=1100), plain)
+    assert_same(both(q, k, v, kv_len=[1100, 1100], q_start=[3, 5]), plain)
+
+
+# Where the arrays lie
+
+
+@both_dtypes
+@causal_or_not
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, causal, dtype, rng):
+    shapes = (2, 4, 60, 20), (2, 2, 150, 20), (2, 2, 150, 37)
+    arrays = normal(rng, *shapes, dtype=dtype)
+    expected = both(*arrays, causal=causal)
+    laid_out = [LAYOUTS[layout](x) for x in arrays]
+    for x, other in zip(arrays, laid_out, strict=True):
+        assert other.strides != x.strides or layout in ("read-only", "misaligned", "big-endian")
+        np.testing.assert_array_equal(x, other)
+    assert_same(both(*laid_out, causal=causal), expected)
+    for i in range(3):  # each beside two contiguous ones
+        mixed = [laid_out[j] if i == j else x for j, x in enumerate(arrays)]
+        assert_same(both(*mixed, causal=causal), expected)
+
+
+@both_dtypes
+@pytest.mark.parametrize("Dv", [1, 7, 8, 15, 16, 17, 31, 32, 33, 65])
+@pytest.mark.parametrize("Lkv", [64, 333, 1100])
+def test_rows_a_page_apart_at_every_width(Lkv, Dv, dtype, rng):
+    """K and V are copied a tile at a time there, V in panels of columns."""
+    q, k, v = normal(rng, (2, 60, Dv), (2, Lkv, Dv), (2, Lkv, Dv), dtype=dtype)
+    expected = both(q, k, v, causal=True)
+    apart = LAYOUTS["rows a page apart"]
+    assert_same(both(q, apart(k), apart(v), causal=True), expected)
+    for tiles in ((48, 64), (500, 192)):
+        assert_same(both(q, apart(k), apart(v), causal=True, tiles=tiles), expected)
+
+
+@both_dtypes
+@pytest.mark.parametrize("offset", [4, 8, 16, 32, 60])
+def test_any_alignment_of_the_elements(offset, dtype, rng):
+    """Inputs and results on any multiple of their own size."""
+    offset = max(offset, np.dtype(dtype).itemsize)
+    q, k, v = normal(rng, (2, 60, 20), (2, 150, 20), (2, 150, 37), dtype=dtype)
+    expected = attention(q, k, v)
+
+    def shifted(x):
+        memory = np.zeros(x.nbytes + 128, np.uint8)
+        at = -memory.ctypes.data % 64 + offset
+        view = np.ndarray(x.shape, x.dtype, memory.data, at)
+        view[...] = x
+        return view
+
+    out = shifted(np.zeros_like(expected))
+    attention(*(shifted(x) for x in (q, k, v)), out=out)
+    assert_same_bits(out, expected)
+
+
+# Instruction sets, and the rules
+
+
+@pytest.mark.skipif(len(machine.ISAS) < 3, reason="needs two instruction sets with FMA")
+@both_dtypes
+@causal_or_not
+@every_cut
+def test_any_instruction_set_with_fma(shapes, causal, dtype, rng, isa):
+    """Those that are tested in this run against the best of the machine."""
+    if isa == "scalar":
+        pytest.skip("has no FMA")
+    q, k, v = normal(rng, *shapes, dtype=dtype)
+    actual = both(3 * q, k, v, causal=causal)
+    with machine.use_isa(machine.ISAS[0]):
+        expected = both(3 * q, k, v, causal=causal)
+    with machine.use_isa(machine.ISAS[1]):
+        assert_same(both(3 * q, k, v, causal=causal), expected)
+    assert_same(actual, expected)
+
+
+def test_the_lengths_of_blocks_and_spans_are_frozen():
+    """They are in every bit, and in the rules; a version with others gives other answers."""
+    assert (_engine.BLOCK, _engine.SPAN) == (BLOCK, SPAN)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("Lkv", "D", "Dv", "spread"),
+    [(1, 1, 1, 1), (70, 5, 3, 30), (150, 33, 2, 1), (257, 3, 2, 9), (1400, 3, 2, 4)],
+)
+def test_the_bits_are_those_of_the_rules(Lkv, D, Dv, spread, dtype, rng, isa):
+    q, k, v = normal(rng, (20, D), (Lkv, D), (Lkv, Dv), dtype=dtype)
+    q *= dtype(spread)
+    fma = fma_twice if isa == "scalar" else fma_once
+    for q_start in (Lkv, max(Lkv - 20, 0), Lkv // 2 - 10, -10):
+        ends = np.clip(q_start + np.arange(20) + 1, 0, Lkv)
+        out, lse = both(q, k, v, causal=True, q_start=q_start)
+        expected, m, l = attention_by_the_rules(q, k, v, ends, fma)
+        assert_same_bits(out, expected)
+        with np.errstate(divide="ignore"):
+            lse_in_double = np.float64(m) * math.log(2) + np.log(np.float64(l))
+        np.testing.assert_allclose(lse, lse_in_double, 4 * np.finfo(dtype).eps)

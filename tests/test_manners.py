@@ -1,0 +1,480 @@
+"""Manners of the engine: forks, signals, threads of others, memory, instruction sets at import.
+
+What could hang, or needs a process of its own, runs as a script in another process, with a limit
+on its time.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from checks import assert_same_bits, normal
+
+from flashcpu import attention, machine, threads
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals as POSIX has them")
+
+# Every script begins with this. `small` is enough work for a parallel region.
+PRELUDE = """
+import ctypes, hashlib, multiprocessing, os, resource, signal, sys, threading, time
+import numpy as np
+from flashcpu import attention, machine, plan, threads
+
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((4, length, 24), np.float32) for length in (200, 300, 300)]
+
+def small(n, seed=0):
+    out, lse = attention(*arrays(seed), causal=True, threads=n, return_lse=True)
+    return hashlib.sha256(out.tobytes() + lse.tobytes()).hexdigest()
+
+assert 4 * 200 * 300 * 48 > plan.SMALL
+
+def long(n):
+    # Far more than any machine does in the time of these tests; the result is small.
+    one = np.ones((1, 16384, 64), np.float32)
+    q = np.broadcast_to(one, (1024, 16384, 64))
+    print("ready", flush=True)
+    attention(q, q, q[..., :1], threads=n)
+"""
+
+
+def process(script, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(script, timeout=60, **environment):
+    """What the script prints. A hang and an error are failures."""
+    running = process(script, **environment)
+    try:
+        out, err = running.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.communicate()
+        pytest.fail(f"no end within {timeout} s")
+    assert running.returncode == 0, err
+    return out.split()
+
+
+# Forks
+
+
+@pytest.mark.parametrize("used_before", [True, False], ids=["after a call", "before any"])
+def test_a_forked_child_computes_as_its_parent(used_before):
+    """libgomp alone would hang here: its threads stay behind in the parent."""
+    digests = run(
+        f"""
+        if {used_before}:
+            small(2)
+        def child(pipe):
+            pipe.send([small(2), small(1), small(2)])
+        parent_end, child_end = multiprocessing.Pipe()
+        forked = multiprocessing.get_context("fork").Process(target=child, args=(child_end,))
+        forked.start()
+        assert parent_end.poll(30), "the child hangs"
+        print(*parent_end.recv(), small(2), small(1))
+        forked.join()
+        """
+    )
+    assert len(digests) == 5
+    assert len(set(digests)) == 1
+
+
+def test_a_child_of_a_child_and_its_threads_compute_too():
+    digests = run(
+        """
+        def forked(work):
+            parent_end, child_end = multiprocessing.Pipe()
+            child = multiprocessing.get_context("fork").Process(
+                target=lambda: child_end.send(work())
+            )
+            child.start()
+            assert parent_end.poll(30), "the child hangs"
+            answer = parent_end.recv()
+            child.join()
+            return answer
+        def in_a_thread():
+            answers = [small(2)]
+            thread = threading.Thread(target=lambda: answers.append(small(2)))
+            thread.start()
+            thread.join()
+            return answers
+        print(small(2), *forked(lambda: [small(2), *forked(in_a_thread), small(2)]), small(2))
+        """
+    )
+    assert len(digests) == 6
+    assert len(set(digests)) == 1
+
+
+def test_an_error_in_a_forked_child_is_the_childs_own():
+    (answer,) = run(
+        """
+        small(2)
+        child = os.fork()
+        if child == 0:
+            try:
+                one = np.broadcast_to(np.float32(1), (2**50, 1))
+                attention(one, one[:1], one[:1], threads=2)
+            except MemoryError:
+                os._exit(0 if small(2) == small(1) else 2)
+            os._exit(1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    assert answer == "0"
+
+
+# Signals
+
+
+def ends_soon_after_a_signal(running):
+    """Seconds from SIGINT in the middle of a long call to the end of the process."""
+    try:
+        assert running.stdout.readline() == "ready\n"
+        time.sleep(0.4)
+        assert running.poll() is None, "the call was too short"
+        start = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=20)
+        return time.monotonic() - start, out, err
+    finally:
+        running.kill()
+        running.communicate()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_ends_a_long_call(n):
+    running = process(
+        f"""
+        small({n})
+        try:
+            long({n})
+        except KeyboardInterrupt:
+            print("interrupted", small({n}) == small(1), flush=True)
+            os._exit(0)
+        """
+    )
+    seconds, out, err = ends_soon_after_a_signal(running)
+    assert out == "interrupted True\n", err
+    assert seconds < 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_ends_a_long_call_of_a_forked_child(n):
+    running = process(
+        f"""
+        small(2)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                long({n})
+            except KeyboardInterrupt:
+                print("interrupted", small({n}) == small(1), flush=True)
+            os._exit(0)
+        signal.signal(signal.SIGINT, lambda *_: os.kill(child, signal.SIGINT))
+        os.waitpid(child, 0)
+        """
+    )
+    seconds, out, err = ends_soon_after_a_signal(running)
+    assert out == "interrupted True\n", err
+    assert seconds < 1
+
+
+def test_a_signal_whose_handler_returns_changes_nothing():
+    first, second, signals = run(
+        """
+        count = []
+        signal.signal(signal.SIGALRM, lambda *_: count.append(1))
+        rng = np.random.default_rng(1)
+        q = rng.standard_normal((4, 6000, 64), np.float32)
+        def digest(n):
+            return hashlib.sha256(attention(q, q, q[..., :8], threads=n).tobytes()).hexdigest()
+        first = digest(1)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        second = digest(2)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(first, second, len(count))
+        """
+    )
+    assert first == second
+    assert int(signals) > 0
+
+
+def test_an_error_of_a_signal_handler_is_the_error_of_the_call():
+    running = process(
+        """
+        def handler(*_):
+            raise LookupError("from the handler")
+        signal.signal(signal.SIGINT, handler)
+        try:
+            long(2)
+        except LookupError as error:
+            print(error, flush=True)
+            os._exit(0)
+        """
+    )
+    _, out, err = ends_soon_after_a_signal(running)
+    assert out == "from the handler\n", err
+
+
+# Threads
+
+
+def test_inside_another_parallel_region_a_call_runs_on_one_thread():
+    """The region is one of libgomp's, begun as a compiled program begins it."""
+    answers = run(
+        """
+        with open("/proc/self/maps") as maps:
+            paths = {line.split()[-1] for line in maps if "gomp" in line}
+        if not paths:
+            print("none")
+            sys.exit()
+        gomp = ctypes.CDLL(paths.pop())
+        inside = []
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        def work(_):
+            inside.append((threads.limit(None), threads.limit(5), small(2)))
+        gomp.GOMP_parallel(work, None, 2, 0)
+        assert len(inside) == 2
+        for limit, limit_of_five, digest in inside:
+            print(limit, limit_of_five, digest == small(1))
+        print(threads.limit(5))
+        """
+    )
+    if answers == ["none"]:
+        pytest.skip("no libgomp in this process")
+    assert answers == ["1", "1", "True"] * 2 + ["5"]
+
+
+def test_many_python_threads_may_call_at_once():
+    (answer,) = run(
+        """
+        expected = [small(1, seed) for seed in range(6)]
+        wrong = []
+        def work(seed):
+            for n in (1, 2, 3):
+                if small(n, seed) != expected[seed]:
+                    wrong.append((seed, n))
+        running = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        print(len(wrong))
+        """
+    )
+    assert answer == "0"
+
+
+def test_the_default_is_what_openmp_says_within_the_cores():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    cores = threads.usable_cores()
+    assert 1 <= cores <= (os.cpu_count() or 1)
+    for n in (1, 2, 10**4):
+        with threadpoolctl.threadpool_limits(n, user_api="openmp"):
+            assert threads.limit(None) == min(n, cores)
+            assert threads.limit(3) == 3
+
+
+def test_omp_num_threads_is_read():
+    assert run("print(threads.limit(None))", OMP_NUM_THREADS="1") == ["1"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity to set")
+def test_the_affinity_is_asked_at_every_call():
+    """A pinned process must not start more threads than it has cores."""
+    answers = run(
+        """
+        print(threads.limit(None) == threads.usable_cores())
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        print(threads.limit(None))
+        """,
+        OMP_NUM_THREADS="64",
+    )
+    assert answers == ["True", "1"]
+
+
+def test_as_many_threads_as_asked_for_are_used():
+    """Seen from outside: the threads of the pool stay with the process."""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("no /proc")
+    counts = run(
+        """
+        alive = lambda: len(os.listdir("/proc/self/task"))
+        before = alive()
+        attention(*(x[:, :16] for x in arrays()), threads=4)
+        print(alive() - before)  # small work starts none
+        small(1)
+        print(alive() - before)
+        small(3)
+        print(alive() - before)
+        """
+    )
+    assert counts == ["0", "0", "2"]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_extra_memory_does_not_grow_with_the_length(n):
+    """The matrix of scores would be 1 GiB here. Output, and less than 2 MiB a thread."""
+    grown, out_bytes = map(
+        int,
+        run(
+            f"""
+            small({n})
+            rng = np.random.default_rng(0)
+            q, k, v = (rng.standard_normal((16384, 64), np.float32) for _ in range(3))
+            peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            before = peak()
+            out = attention(q, k, v, threads={n}, causal=True)
+            print(peak() - before, out.nbytes)
+            """
+        ),
+    )
+    if sys.platform == "darwin":
+        grown //= 1024
+    assert grown <= out_bytes + n * (2 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
+def test_scratch_that_cannot_be_had_is_a_memory_error():
+    """And the next call is right. A workspace is about 500 MiB here, 100 times the inputs."""
+    answers = run(
+        """
+        expected = small(1)
+        x = np.ones((1, 1 << 20), np.float32)
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+        try:
+            attention(x, x, x, threads=1)
+        except MemoryError as error:
+            print(type(error).__name__, small(1) == expected)
+        """
+    )
+    assert answers == ["MemoryError", "True"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mmap and mprotect as Linux has them")
+def test_nothing_beside_the_arrays_is_touched():
+    """Each array ends, and another time begins, at a page that may be neither read nor written."""
+    (answer,) = run(
+        """
+        import mmap
+        page = mmap.PAGESIZE
+        libc = ctypes.CDLL(None, use_errno=True)
+        kept = []
+        SHAPES = [(1, 1, 1, 1), (17, 65, 5, 3), (50, 70, 17, 33), (49, 300, 64, 20)]
+
+        def guarded(x, at_end):
+            room = -(-max(x.nbytes, 1) // page) * page
+            memory = mmap.mmap(-1, room + 2 * page)
+            kept.append(memory)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            for guard in (start, start + page + room):
+                assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+            at = page + (room - x.nbytes if at_end else 0)
+            view = np.ndarray(x.shape, x.dtype, memory, at)
+            view[...] = x
+            return view
+
+        for isa in machine.ISAS if not os.environ.get("FLASHCPU_ISA") else [machine.isa()]:
+            with machine.use_isa(isa):
+                for dtype in (np.float32, np.float64):
+                    for Lq, Lkv, D, Dv in SHAPES:
+                        rng = np.random.default_rng(0)
+                        q, k, v = (
+                            rng.standard_normal(shape).astype(dtype)
+                            for shape in ((Lq, D), (Lkv, D), (Lkv, Dv))
+                        )
+                        expected = attention(q, k, v, causal=True)
+                        for at_end in (False, True):
+                            inputs = [guarded(x, at_end) for x in (q, k, v)]
+                            out = guarded(np.zeros((Lq, Dv), dtype), at_end)
+                            attention(*inputs, causal=True, out=out)
+                            assert (out == expected).all()
+                            # Keys from kv_len on may not even be there.
+                            longer = [
+                                np.lib.stride_tricks.as_strided(x, (Lkv + 999, x.shape[1]))
+                                for x in inputs[1:]
+                            ]
+                            attention(inputs[0], *longer, kv_len=Lkv, causal=True, out=out)
+                            assert (out == expected).all()
+        print("fine", flush=True)
+        os._exit(0)  # the maps have views, and cannot be closed
+        """
+    )
+    assert answer == "fine"
+
+
+# Instruction sets
+
+
+@pytest.mark.parametrize("name", machine.ISAS)
+def test_every_instruction_set_can_be_chosen_at_import(name):
+    chosen, digest, used = run(
+        """
+        digest = small(1)
+        with machine.use_isa(machine.isa()):
+            print(machine.isa(), digest, small(1) == digest)
+        """,
+        FLASHCPU_ISA=name.upper() + " ",
+    )
+    assert (chosen, used) == (name, "True")
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((4, n, 24), np.float32) for n in (200, 300, 300)]
+    with machine.use_isa(name):
+        out, lse = attention(*arrays, causal=True, return_lse=True)
+    assert hashlib.sha256(out.tobytes() + lse.tobytes()).hexdigest() == digest
+
+
+def test_an_unknown_instruction_set_is_an_import_error():
+    running = process("", FLASHCPU_ISA="sse9")
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert "ImportError: FLASHCPU_ISA='sse9'" in err
+    assert all(name in err for name in machine.ISAS)
+
+
+def test_use_isa_ends_with_its_block():
+    before = machine.isa()
+
+    def fail_inside():
+        with machine.use_isa("scalar"):
+            assert machine.isa() == "scalar"
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail_inside()
+    assert machine.isa() == before
+    with pytest.raises(ValueError, match="sse9"), machine.use_isa("sse9"):
+        pass
+    assert machine.isa() == before
+
+
+def test_an_instruction_set_without_fma_gives_other_bits(rng):
+    """So that choosing one is more than a name."""
+    if len(machine.ISAS) == 1:
+        pytest.skip("one instruction set")
+    q, k, v = normal(rng, (50, 24), (300, 24), (300, 24))
+    with machine.use_isa("scalar"):
+        scalar = attention(q, k, v)
+    with machine.use_isa(machine.ISAS[0]):
+        best = attention(q, k, v)
+        assert_same_bits(attention(q, k, v), best)
+    assert (scalar != best).any()
