@@ -1,0 +1,76 @@
+#!/bin/sh
+# The kernels' own tests for aarch64: cross-compiled and run under qemu, and their bits compared
+# with those of AVX2 on this machine. On an aarch64 machine: compiled and run, no more.
+#
+#   tests/kernels/aarch64.sh [--require] [--native PROGRAM]
+#
+# --require: missing tools are an error, else they skip (exit status 77).
+# --native: kernels_test already built for this machine, which saves building it.
+set -eu
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+missing=77
+native=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --require) missing=1 ;;
+    --native) shift; native=${1:?--native needs a program} ;;
+    *) echo "usage: $0 [--require] [--native PROGRAM]" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+
+build() { # compiler, program; the flags of setup.py
+    $1 -std=gnu11 -O3 -ffp-contract=off -I"$root/flashcpu/kernels" \
+        "$root/flashcpu/kernels/dispatch.c" "$root"/tests/kernels/probe_*.c \
+        "$root/tests/kernels/kernels_test.c" -lm -o "$2"
+}
+
+bits() { # instruction set, file: a line "dtype hash" for each dtype
+    sed -n "s/^bits \([a-z0-9]*\) $1 /\1 /p" "$2"
+}
+
+case $(uname -m) in
+aarch64 | arm64)
+    build "${CC:-gcc}" "$work/kernels_test"
+    "$work/kernels_test" --bits
+    exit
+    ;;
+esac
+
+cross=aarch64-linux-gnu-gcc
+prefix=/usr/aarch64-linux-gnu # where Debian's cross packages put the C library
+if ! command -v $cross >/dev/null || ! command -v qemu-aarch64 >/dev/null ||
+    ! echo '#include <stdio.h>' | $cross -E -xc - >/dev/null 2>&1; then
+    echo "aarch64.sh needs the Debian packages gcc-aarch64-linux-gnu libc6-dev-arm64-cross" \
+        "qemu-user" >&2
+    exit $missing
+fi
+
+build $cross "$work/aarch64"
+status=0
+qemu-aarch64 -L $prefix "$work/aarch64" --bits --brief >"$work/neon.txt" || status=$?
+cat "$work/neon.txt"
+[ $status -eq 0 ] || exit $status
+
+if [ "$(uname -m)" != x86_64 ] || ! grep -qw avx2 /proc/cpuinfo || ! grep -qw fma /proc/cpuinfo; then
+    echo "bits not compared: this machine has no AVX2"
+    exit 0
+fi
+if [ -z "$native" ]; then
+    native=$work/native
+    build "${CC:-gcc}" "$native"
+fi
+"$native" --bits --brief avx2 >"$work/avx2.txt" || status=$?
+[ $status -eq 0 ] || { cat "$work/avx2.txt"; exit $status; }
+if [ -z "$(bits neon "$work/neon.txt")" ] ||
+    [ "$(bits neon "$work/neon.txt")" != "$(bits avx2 "$work/avx2.txt")" ]; then
+    echo "NEON and AVX2 disagree:" >&2
+    grep -h '^bits' "$work/neon.txt" "$work/avx2.txt" >&2
+    exit 1
+fi
+echo "NEON and AVX2 agree in every bit"

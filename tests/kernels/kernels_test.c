@@ -1,0 +1,1141 @@
+/* The kernels alone: every instruction set of this machine against a plain reference, against each
+ * other, and against the edges of their memory. No Python; what the engine does with them is tested
+ * elsewhere (tests/). The same program runs on aarch64: aarch64.sh.
+ *
+ *   cc -std=gnu11 -O3 -ffp-contract=off -Iflashcpu/kernels flashcpu/kernels/dispatch.c \
+ *       tests/kernels/probe_*.c tests/kernels/kernels_test.c -lm -o kernels_test
+ *   ./kernels_test [--bits] [--all | --brief] [instruction set ...]
+ *
+ * --bits prints a hash of all outputs for each (dtype, instruction set): those with FMA agree, also
+ * across machines. --all looks at every float in [-126, 0] and ten times as many problems. --brief
+ * is for emulators: the same bits, but two problems in three are run in one way only.
+ *
+ * Every problem is run in several ways (`struct how`) that must not change a bit. Inputs end right
+ * before a page that cannot be read, or begin right behind one; what lies between their rows,
+ * around the outputs and around the scratch is NaN, and is looked at again afterwards. */
+#include "kernels.h"
+#include "probe.h"
+
+#include <float.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof(*(array))))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define LN2 0x1.62e42fefa39efp-1
+
+/* The reference computes in this. The quadruple long double of aarch64 is software, and under
+ * emulation too slow; double costs float64 a factor of two in the bounds. Under valgrind, which
+ * makes a number of the infinity of an x87 register, build with -DREFERENCE_IN_DOUBLE. */
+#if LDBL_MANT_DIG == 64 && !defined(REFERENCE_IN_DOUBLE)
+typedef long double wide;
+#define WIDE(function) function##l
+#else
+typedef double wide;
+#define WIDE(function) function
+#endif
+
+#define DTYPES(X, isa) X(f32, isa) X(f64, isa)
+#define DECLARE(dtype, isa) extern const struct probe probe_##dtype##_##isa;
+#define ENTRY(dtype, isa) &probe_##dtype##_##isa,
+#if defined(__x86_64__)
+#define ISAS(X) DTYPES(X, scalar) DTYPES(X, avx2) DTYPES(X, avx512)
+#elif defined(__aarch64__)
+#define ISAS(X) DTYPES(X, scalar) DTYPES(X, neon)
+#else
+#define ISAS(X) DTYPES(X, scalar)
+#endif
+ISAS(DECLARE)
+static const struct probe *const probes[] = {ISAS(ENTRY)};
+
+/* One (dtype, instruction set) under test. */
+struct target {
+    const struct fc_kernels *kernels;
+    const struct probe *probe;
+    int has_fma;
+    uint64_t bits; /* FNV-1a over all outputs */
+    double exp2_error, log_error, bound_used;
+};
+
+static int all, brief; /* options */
+static long passed, failed;
+static char what[256]; /* what is being done, for messages and for the handler of a fault */
+
+__attribute__((format(printf, 2, 3))) static void check(int holds, const char *message, ...) {
+    passed += holds != 0;
+    failed += holds == 0;
+    if (!holds && failed <= 30) {
+        va_list values;
+        va_start(values, message);
+        fprintf(stderr, "FAILED %s: ", what);
+        vfprintf(stderr, message, values);
+        fprintf(stderr, "\n");
+        va_end(values);
+    }
+}
+
+static void fault(int signal_number) {
+    fprintf(stderr, "FAILED %s: %s\n", what, strsignal(signal_number));
+    fflush(stderr);
+    _exit(2);
+}
+
+static void *must(void *p) {
+    if (!p) {
+        fprintf(stderr, "kernels_test: out of memory\n");
+        exit(2);
+    }
+    return p;
+}
+
+/* numbers: the same on every machine, so nothing of libm but sqrt */
+
+static uint64_t random_state;
+
+static uint64_t random_bits(void) { /* splitmix64 */
+    uint64_t x = random_state += 0x9e3779b97f4a7c15;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+}
+
+static int random_below(int n) { return (int)(random_bits() % (uint64_t)n); }
+
+/* In [-1, 1), with as many bits as the type holds. */
+static double random_value(int size) {
+    const int drop = size == 4 ? 40 : 11;
+    const double half = (double)((uint64_t)1 << (63 - drop));
+    return ((double)(random_bits() >> drop) - half) / half;
+}
+
+static double get(const void *p, ptrdiff_t i, int size) {
+    return size == 4 ? ((const float *)p)[i] : ((const double *)p)[i];
+}
+
+static void put(void *p, ptrdiff_t i, int size, double x) {
+    if (size == 4) {
+        ((float *)p)[i] = (float)x;
+    } else {
+        ((double *)p)[i] = x;
+    }
+}
+
+/* Payloads of NaN are no part of the contract: all NaN are alike. */
+static void unify_nan(void *p, ptrdiff_t n, int size) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        if (isnan(get(p, i, size))) {
+            put(p, i, size, NAN);
+        }
+    }
+}
+
+static void hash(uint64_t *into, const void *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        *into = (*into ^ ((const unsigned char *)bytes)[i]) * 0x100000001b3;
+    }
+}
+
+static int all_are(const char *bytes, size_t n, char value) {
+    for (size_t i = 0; i < n; i++) {
+        if (bytes[i] != value) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* memory: inputs against a forbidden page, scratch between guards */
+
+#define AREA_BYTES ((size_t)1 << 20)
+#define NAN_BYTE ((char)0xff) /* a float or double of such bytes is NaN */
+enum { AREA_Q, AREA_K, AREA_V, AREA_STAGED_K, AREA_STAGED_V, AREAS };
+static char *areas[AREAS];
+
+static void map_areas(void) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < AREAS; i++) {
+        char *at = mmap(NULL, AREA_BYTES + 2 * page, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (at == MAP_FAILED || mprotect(at, page, PROT_NONE) ||
+            mprotect(at + page + AREA_BYTES, page, PROT_NONE)) {
+            perror("kernels_test: mmap");
+            exit(2);
+        }
+        areas[i] = at + page;
+    }
+}
+
+/* `bytes` bytes of NaN against one of the two forbidden pages of an area. */
+static char *place(int area, size_t bytes, int at_start) {
+    if (bytes > AREA_BYTES) {
+        fprintf(stderr, "kernels_test: AREA_BYTES is too small for %s\n", what);
+        exit(2);
+    }
+    char *at = areas[area] + (at_start ? 0 : AREA_BYTES - bytes);
+    return memset(at, NAN_BYTE, bytes);
+}
+
+/* n rows of d elements, ld apart, the last one without what lies between rows. */
+static char *place_rows(int area, const char *rows, int n, int d, ptrdiff_t ld, int size,
+                        int at_start) {
+    char *at = place(area, n ? (size_t)((n - 1) * ld + d) * size : 0, at_start);
+    for (int i = 0; i < n; i++) {
+        memcpy(at + i * ld * size, rows + (ptrdiff_t)i * d * size, (size_t)d * size);
+    }
+    return at;
+}
+
+/* Under AddressSanitizer nothing may stand between the scratch and the sanitizer's own guard. */
+#ifdef __SANITIZE_ADDRESS__
+#define GUARD 0
+#else
+#define GUARD FC_ALIGN
+#endif
+
+struct scratch {
+    char *at[16];
+    size_t bytes[16];
+    int count;
+};
+
+static void *take(struct scratch *scratch, size_t bytes) {
+    void *at = NULL;
+    if (posix_memalign(&at, FC_ALIGN, bytes + 2 * GUARD)) {
+        must(NULL);
+    }
+    memset(at, NAN_BYTE, bytes + 2 * GUARD);
+    scratch->at[scratch->count] = at;
+    scratch->bytes[scratch->count++] = bytes;
+    return (char *)at + GUARD;
+}
+
+static void release(struct scratch *scratch) {
+    int whole = 1;
+    for (int i = 0; i < scratch->count; i++) {
+        whole &= all_are(scratch->at[i], GUARD, NAN_BYTE);
+        whole &= all_are(scratch->at[i] + GUARD + scratch->bytes[i], GUARD, NAN_BYTE);
+        free(scratch->at[i]);
+    }
+    check(whole, "something was written outside the scratch");
+}
+
+/* problems */
+
+enum { ALL_KEYS, CAUSAL, RANDOM_ENDS, SOME_SEE_NOTHING, MASKS };
+#define MAX_ROWS 48
+
+struct problem {
+    int rows, keys, d, dv, size;
+    double scale;
+    char *q, *k, *v; /* dense */
+    int64_t ends[MAX_ROWS];
+};
+
+static int ascending(const void *a, const void *b) {
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void fill(char *rows, ptrdiff_t n, int size) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        put(rows, i, size, random_value(size));
+    }
+}
+
+/* heat: how far scores spread; rising: later keys are longer, so the maximum keeps moving. */
+static struct problem make_problem(int size, int rows, int keys, int d, int dv, int mask,
+                                   double heat, int rising) {
+    struct problem p = {rows, keys, d, dv, size, heat / sqrt(d), NULL, NULL, NULL, {0}};
+    p.q = must(malloc((size_t)rows * d * size + 1));
+    p.k = must(malloc((size_t)keys * d * size + 1));
+    p.v = must(malloc((size_t)keys * dv * size + 1));
+    fill(p.q, (ptrdiff_t)rows * d, size);
+    fill(p.k, (ptrdiff_t)keys * d, size);
+    fill(p.v, (ptrdiff_t)keys * dv, size);
+    for (int i = 0; rising && i < keys * d; i++) {
+        put(p.k, i, size, get(p.k, i, size) * (1 + i / d / 32.0));
+    }
+    const int first = random_below(keys + rows) - rows, blind = random_below(rows + 1);
+    for (int i = 0; i < rows; i++) {
+        const int64_t drawn = random_below(keys + 1);
+        p.ends[i] = mask == CAUSAL             ? MAX(0, MIN(keys, first + i + 1))
+                    : mask == RANDOM_ENDS      ? drawn
+                    : mask == SOME_SEE_NOTHING ? (i < blind ? 0 : keys)
+                                               : keys;
+    }
+    qsort(p.ends, (size_t)rows, sizeof(*p.ends), ascending);
+    return p;
+}
+
+static void free_problem(struct problem *p) {
+    free(p->q);
+    free(p->k);
+    free(p->v);
+}
+
+/* the loop: attend_item of _engine.pyx, one strip after the other */
+
+/* How a problem is run; none of it may change a bit of the result. */
+struct how {
+    const char *name;
+    int tile;     /* keys at a time, whole blocks */
+    int vectors;  /* of a strip, at most */
+    int widen;    /* a full strip, however few the rows */
+    int ask;      /* compare every key with the ends, also those that all rows see */
+    int gap;      /* elements between rows */
+    int at_start; /* inputs begin behind a forbidden page rather than end before one */
+    int stage;    /* copy K and V tiles */
+};
+
+static const struct how plainly = {"plainly", 2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0};
+static const struct how ways[] = {
+    {"rows apart, blocks alone", FC_BLOCK, FC_NV, 0, 0, 5, 1, 0},
+    {"staged", 3 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 1},
+    {"staged, rows apart", FC_SPAN, 2, 0, 0, 3, 0, 1},
+    {"every key asked for", 3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0},
+    {"one vector a strip", FC_SPAN, 1, 0, 0, 1, 0, 0},
+    {"more vectors than rows", 2 * FC_BLOCK, FC_NV, 1, 0, 0, 1, 0},
+};
+
+static void attend_strip(const struct fc_kernels *kernels, const struct problem *p,
+                         const struct how *how, struct fc_strip *strip, const int64_t *ends,
+                         const char *k, ptrdiff_t ldk, const char *v, ptrdiff_t ldv_rows) {
+    const int64_t key_end = ends[strip->nq - 1];
+    struct fc_strip part = *strip;
+    part.m = strip->m0, part.l = strip->l0;
+    kernels->start_span(&part);
+    for (int64_t key = 0, nk; key < key_end; key += nk) {
+        const int64_t span_end = MIN((key / FC_SPAN + 1) * FC_SPAN, key_end);
+        nk = MIN(how->tile, span_end - key);
+        const int n = (int)nk, full = how->ask ? 0 : (int)MAX(0, MIN(nk, ends[0] - key));
+        const char *k_tile = k + key * ldk * p->size, *v_tile = v + key * ldv_rows * p->size;
+        ptrdiff_t ld_k = ldk, ldv = ldv_rows, panel = kernels->panel;
+        if (how->stage) {
+            char *staged = place(AREA_STAGED_K, (size_t)n * p->d * p->size, 0);
+            kernels->stage_rows(staged, k_tile, ldk, n, p->d);
+            k_tile = staged, ld_k = p->d;
+            const int whole = (p->dv - 1) / kernels->panel, tail = p->dv - whole * kernels->panel;
+            staged = place(AREA_STAGED_V,
+                           ((size_t)(whole * n + n - 1) * kernels->panel + tail) * p->size, 0);
+            kernels->stage_panels(staged, v_tile, ldv_rows, n, p->dv);
+            v_tile = staged, ldv = kernels->panel, panel = (ptrdiff_t)n * kernels->panel;
+        }
+        part = *strip;
+        if (key < FC_SPAN) {
+            part.m = strip->m0, part.l = strip->l0, part.o = strip->o0;
+        }
+        part.fresh = key % FC_SPAN == 0;
+        if (part.fresh) {
+            kernels->start_span(&part);
+        }
+        if (full < n) {
+            kernels->see(&part, ends, key);
+        }
+        kernels->scores(&part, k_tile, ld_k, n, full);
+        kernels->softmax(&part, n, full);
+        kernels->accumulate(&part, v_tile, ldv, panel, n, full);
+        if (key >= FC_SPAN && key + nk == span_end) {
+            kernels->merge(&part);
+        }
+    }
+}
+
+/* Rows first .. first + count - 1 into dense out [rows][dv] and lse [rows] (or NULL). */
+static void attend(const struct fc_kernels *kernels, const struct problem *p, const struct how *how,
+                   int first, int count, char *out, char *lse) {
+    const int size = p->size, lanes = kernels->lanes;
+    const int keys = (int)p->ends[first + count - 1]; /* further ones cannot even be read */
+    const ptrdiff_t ldq = p->d + how->gap, ldk = p->d + how->gap, ldv = p->dv + how->gap;
+    const ptrdiff_t ldo = p->dv + how->gap + 1, ldl = 3;
+    const char *q = place_rows(AREA_Q, p->q + (ptrdiff_t)first * p->d * size, count, p->d, ldq,
+                               size, how->at_start);
+    const char *k = place_rows(AREA_K, p->k, keys, p->d, ldk, size, how->at_start);
+    const char *v = place_rows(AREA_V, p->v, keys, p->dv, ldv, size, how->at_start);
+    struct scratch outputs = {{0}, {0}, 0};
+    char *out_rows = take(&outputs, (size_t)(count * ldo) * size);
+    char *lse_rows = take(&outputs, (size_t)(count * ldl) * size);
+
+    for (int row = 0; row < count;) {
+        const int vectors = (count - row + lanes - 1) / lanes;
+        struct fc_strip strip = {0};
+        strip.nv = how->widen                              ? FC_NV
+                   : vectors == 4 && how->vectors == FC_NV ? 2
+                                                           : MIN(vectors, how->vectors);
+        strip.nq = MIN(strip.nv * lanes, count - row);
+        strip.d = p->d;
+        strip.dv = p->dv;
+        struct scratch scratch = {{0}, {0}, 0};
+        const size_t line = (size_t)strip.nv * lanes * kernels->real_size;
+        const size_t tile = (size_t)MAX(1, MIN(MIN(how->tile, FC_SPAN), keys));
+        strip.qt = take(&scratch, line * p->d);
+        strip.m = take(&scratch, line);
+        strip.l = take(&scratch, line);
+        strip.o = take(&scratch, line * p->dv);
+        strip.m0 = take(&scratch, line);
+        strip.l0 = take(&scratch, line);
+        strip.o0 = take(&scratch, line * p->dv);
+        strip.s = take(&scratch, line * tile);
+        strip.alpha = take(&scratch, line * ((tile + FC_BLOCK - 1) / FC_BLOCK));
+        strip.end = take(&scratch, line);
+        /* Lanes without a row read the last one; what they would write has no address. */
+        const void *q_at[MAX_ROWS];
+        void *out_at[MAX_ROWS] = {0}, *lse_at[MAX_ROWS] = {0};
+        int64_t ends[MAX_ROWS];
+        for (int i = 0; i < strip.nv * lanes; i++) {
+            const int r = row + MIN(i, strip.nq - 1);
+            q_at[i] = q + r * ldq * size;
+            ends[i] = p->ends[first + r];
+            if (i < strip.nq) {
+                out_at[i] = out_rows + r * ldo * size;
+                lse_at[i] = lse_rows + r * ldl * size;
+            }
+        }
+        kernels->pack(&strip, q_at, p->scale);
+        attend_strip(kernels, p, how, &strip, ends, k, ldk, v, ldv);
+        kernels->finish(&strip, out_at, lse ? lse_at : NULL);
+        release(&scratch);
+        row += strip.nq;
+    }
+
+    int whole = 1;
+    for (int row = 0; row < count; row++) {
+        const char *from = out_rows + row * ldo * size, *lse_from = lse_rows + row * ldl * size;
+        memcpy(out + (ptrdiff_t)(first + row) * p->dv * size, from, (size_t)p->dv * size);
+        whole &= all_are(from + (ptrdiff_t)p->dv * size, (size_t)(ldo - p->dv) * size, NAN_BYTE);
+        if (lse) {
+            memcpy(lse + (ptrdiff_t)(first + row) * size, lse_from, (size_t)size);
+        }
+        whole &=
+            all_are(lse_from + (lse ? size : 0), (size_t)(ldl - (lse != NULL)) * size, NAN_BYTE);
+    }
+    check(whole, "something was written between the rows of the output");
+    release(&outputs);
+    unify_nan(out + (ptrdiff_t)first * p->dv * size, (ptrdiff_t)count * p->dv, size);
+    if (lse) {
+        unify_nan(lse + (ptrdiff_t)first * size, count, size);
+    }
+}
+
+/* the reference: one row after the other, three passes */
+
+struct answer {
+    double *out, *out_bound, *lse, *lse_bound;
+};
+
+/* A priori bounds, first order in u, half a unit in the last place of the type. In units of log2:
+ *   score     (d + 3) u sum |c q k|, a chain of d FMAs and the rounding of c q
+ *   weight    ln 2 times the errors of score and maximum, 2 u |s - m| for the subtractions here and
+ *             in the rescales, 2 u a 2^x: one, and one for each of the `steps` rescales
+ *   sums      u for each of n keys and each rescale, in o and in l alike, half a subnormal in o
+ * A reference in double adds as much again for float64. */
+static void refer(const struct problem *p, struct answer *a) {
+    const double u = p->size == 4 ? 0x1p-24 : 0x1p-53;
+    const double subnormal = p->size == 4 ? 0x1p-149 : 0x1p-1074;
+    const double slack = p->size == 8 && sizeof(wide) == 8 ? 2 : 1;
+    wide *s = must(malloc(sizeof(wide) * (size_t)(p->keys + 1)));
+    wide *error = must(malloc(sizeof(wide) * (size_t)(p->keys + 1)));
+    for (int row = 0; row < p->rows; row++) {
+        const int n = (int)p->ends[row];
+        const double steps = n / FC_BLOCK + n / FC_SPAN + 3;
+        wide top = -INFINITY, top_error = 0, l = 0, l_error = 0;
+        for (int key = 0; key < n; key++) {
+            wide sum = 0, size_of_sum = 0;
+            for (int i = 0; i < p->d; i++) {
+                const wide product = (wide)p->scale * get(p->q, row * p->d + i, p->size) *
+                                     get(p->k, (ptrdiff_t)key * p->d + i, p->size);
+                sum += product;
+                size_of_sum += WIDE(fabs)(product);
+            }
+            s[key] = sum;
+            error[key] = (p->d + 3) * u * size_of_sum;
+            if (sum > top) {
+                top = sum;
+                top_error = error[key];
+            }
+        }
+        for (int key = 0; key < n; key++) {
+            const wide below = top - s[key], weight = s[key] == -INFINITY ? 0 : WIDE(exp2)(-below);
+            error[key] = weight == 0
+                             ? 0x1p-100
+                             : LN2 * (error[key] + top_error + 2 * u * below) + 2 * u * steps;
+            s[key] = weight;
+            l += weight;
+            l_error += weight * error[key];
+        }
+        for (int i = 0; i < p->dv; i++) {
+            wide o = 0, size_of_o = 0, o_error = 0;
+            for (int key = 0; key < n; key++) {
+                const wide v = get(p->v, (ptrdiff_t)key * p->dv + i, p->size);
+                o += s[key] * v;
+                size_of_o += s[key] * WIDE(fabs)(v);
+                o_error += MAX(s[key], 0x1p-120) * error[key] * WIDE(fabs)(v);
+            }
+            const wide out = l == 0 ? 0 : o / l;
+            a->out[row * p->dv + i] = (double)out;
+            a->out_bound[row * p->dv + i] = l == 0 ? 0
+                                                   : (double)(slack *
+                                                              (o_error + l_error * WIDE(fabs)(out) +
+                                                               2 * (n + steps) * u * size_of_o) /
+                                                              l) +
+                                                         (n + steps) * subnormal;
+        }
+        const double lse = l == 0 ? -INFINITY : (double)(top * (wide)M_LN2 + WIDE(log)(l));
+        a->lse[row] = lse;
+        a->lse_bound[row] =
+            l == 0 ? 0
+                   : slack * ((double)(LN2 * top_error + l_error / l) + (n + steps) * u +
+                              3 * u * fabs(lse) + 3 * u * (double)WIDE(fabs)(top));
+    }
+    free(s);
+    free(error);
+}
+
+static struct answer make_answer(const struct problem *p) {
+    const size_t rows = (size_t)p->rows, values = rows * (size_t)p->dv;
+    struct answer a = {must(malloc(values * 8)), must(malloc(values * 8)), must(malloc(rows * 8)),
+                       must(malloc(rows * 8))};
+    return a;
+}
+
+static void free_answer(struct answer *a) {
+    free(a->out);
+    free(a->out_bound);
+    free(a->lse);
+    free(a->lse_bound);
+}
+
+/* The worst |got - want| / bound, infinity where one of them is NaN or infinite and the other not.
+ */
+static double worst(const char *got, const double *want, const double *bound, int n, int size) {
+    double ratio = 0;
+    for (int i = 0; i < n; i++) {
+        const double x = get(got, i, size);
+        if (x == want[i]) {
+            continue;
+        }
+        const double r = fabs(x - want[i]) / bound[i];
+        ratio = isnan(r) ? INFINITY : MAX(ratio, r);
+    }
+    return ratio;
+}
+
+/* the contract: the same roundings in the same order, spelt out for one row */
+
+static double rounded(int size, double x) { return size == 4 ? (float)x : x; }
+
+static double fused(const struct target *t, int size, double a, double b, double c) {
+    if (!t->has_fma) {
+        return rounded(size, rounded(size, a * b) + c);
+    }
+    return size == 4 ? fmaf((float)a, (float)b, (float)c) : fma(a, b, c);
+}
+
+/* 2^(x - top) as this instruction set has it. */
+static double power(const struct target *t, int size, double x, double top) {
+    static _Alignas(64) char from[64], to[64];
+    put(from, 0, size, rounded(size, x - (top == -INFINITY ? 0 : top)));
+    t->probe->exp2(from, to, (size_t)t->kernels->lanes);
+    return get(to, 0, size);
+}
+
+/* A float's product, sum and quotient are right when rounded from those in double, so `double` can
+ * stand for either type here. */
+static void follow_contract(const struct target *t, const struct problem *p, int row, char *out,
+                            char *lse) {
+    const int size = p->size, n = (int)p->ends[row], dv = p->dv;
+    double m0 = -INFINITY, l0 = 0, *o0 = must(calloc((size_t)dv, 8)),
+           *o = must(calloc((size_t)dv, 8));
+    for (int span = 0; span < n; span += FC_SPAN) {
+        double m = -INFINITY, l = 0;
+        memset(o, 0, (size_t)dv * 8);
+        for (int block = span; block < MIN(span + FC_SPAN, n); block += FC_BLOCK) {
+            const int keys = MIN(FC_BLOCK, n - block);
+            double s[FC_BLOCK], old = m, sum = 0;
+            for (int key = 0; key < keys; key++) {
+                s[key] = 0;
+                for (int i = 0; i < p->d; i++) {
+                    const double scale = rounded(size, p->scale);
+                    s[key] = fused(t, size, get(p->k, (ptrdiff_t)(block + key) * p->d + i, size),
+                                   rounded(size, scale * get(p->q, row * p->d + i, size)), s[key]);
+                }
+                m = MAX(m, s[key]);
+            }
+            const double alpha = power(t, size, old, m);
+            for (int key = 0; key < keys; key++) {
+                s[key] = power(t, size, s[key], m);
+                sum = rounded(size, sum + s[key]);
+            }
+            l = fused(t, size, l, alpha, sum);
+            for (int i = 0; i < dv; i++) {
+                o[i] = rounded(size, o[i] * alpha);
+                for (int key = 0; key < keys; key++) {
+                    o[i] = fused(t, size, get(p->v, (ptrdiff_t)(block + key) * dv + i, size),
+                                 s[key], o[i]);
+                }
+            }
+        }
+        const double top = MAX(m0, m), a0 = power(t, size, m0, top), a = power(t, size, m, top);
+        for (int i = 0; i < dv; i++) {
+            o0[i] = l == 0    ? o0[i]
+                    : l0 == 0 ? o[i]
+                              : fused(t, size, o0[i], a0, rounded(size, o[i] * a));
+        }
+        l0 = l == 0 ? l0 : l0 == 0 ? l : fused(t, size, l0, a0, rounded(size, l * a));
+        m0 = top;
+    }
+    const double one_over = rounded(size, 1 / l0);
+    for (int i = 0; i < dv; i++) {
+        put(out, i, size, l0 == 0 ? 0 : o0[i] * one_over);
+    }
+    put(lse, 0, size, l0 == 0 ? -INFINITY : fused(t, 8, m0, LN2, t->probe->log_of_sum(l0)));
+    free(o0);
+    free(o);
+}
+
+/* what must hold of a problem */
+
+static int same_rows(const char *a, const char *b, int first, int count, size_t row_bytes) {
+    return memcmp(a + first * row_bytes, b + first * row_bytes, count * row_bytes) == 0;
+}
+
+static int all_nan(const char *p, ptrdiff_t first, ptrdiff_t count, int size) {
+    for (ptrdiff_t i = first; i < first + count; i++) {
+        if (!isnan(get(p, i, size))) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* Every way of running a problem, and one row alone, say the same. */
+static void check_ways(struct target *t, const struct problem *p, const char *out, const char *lse,
+                       char *out2, char *lse2) {
+    const size_t row_bytes = (size_t)p->dv * p->size;
+    for (int w = 0; w < COUNT(ways); w++) {
+        const int with_lse = w != 0;
+        memset(out2, 0x55, p->rows * row_bytes);
+        attend(t->kernels, p, &ways[w], 0, p->rows, out2, with_lse ? lse2 : NULL);
+        check(same_rows(out, out2, 0, p->rows, row_bytes), "%s: out has other bits", ways[w].name);
+        check(!with_lse || same_rows(lse, lse2, 0, p->rows, (size_t)p->size),
+              "%s: lse has other bits", ways[w].name);
+    }
+    const int row = random_below(p->rows);
+    attend(t->kernels, p, &ways[random_below(COUNT(ways))], row, 1, out2, lse2);
+    check(same_rows(out, out2, row, 1, row_bytes) && same_rows(lse, lse2, row, 1, (size_t)p->size),
+          "row %d alone has other bits", row);
+}
+
+/* Garbage in keys and values from one row's end on: rows that do not see it keep their bits, rows
+ * that see NaN become NaN, and NaN in one column of one value reaches that column alone. */
+static void check_garbage(struct target *t, struct problem *p, const char *out, const char *lse,
+                          char *out2, char *lse2) {
+    static const double garbage[] = {NAN, INFINITY, -INFINITY, 1e38};
+    const size_t row_bytes = (size_t)p->dv * p->size;
+    const int row = random_below(p->rows), kind = random_below(COUNT(garbage));
+    const int from = (int)p->ends[row];
+    int blind = 0; /* rows before this one do not see key `from` */
+    while (blind < p->rows && p->ends[blind] <= from) {
+        blind++;
+    }
+    const struct how *how = random_below(2) ? &plainly : &ways[random_below(COUNT(ways))];
+    char *k = p->k, *v = p->v, *q = p->q;
+
+    const size_t k_bytes = (size_t)p->keys * p->d * p->size, v_bytes = (size_t)p->keys * row_bytes;
+    p->k = memcpy(must(malloc(k_bytes + 1)), k, k_bytes);
+    p->v = memcpy(must(malloc(v_bytes + 1)), v, v_bytes);
+    for (ptrdiff_t i = (ptrdiff_t)from * p->d; i < (ptrdiff_t)p->keys * p->d; i++) {
+        put(p->k, i, p->size, garbage[kind]);
+    }
+    for (ptrdiff_t i = (ptrdiff_t)from * p->dv; i < (ptrdiff_t)p->keys * p->dv; i++) {
+        put(p->v, i, p->size, garbage[(kind + 1) % COUNT(garbage)]);
+    }
+    attend(t->kernels, p, how, 0, p->rows, out2, lse2);
+    check(same_rows(out, out2, 0, blind, row_bytes) &&
+              same_rows(lse, lse2, 0, blind, (size_t)p->size),
+          "%s: %g in keys that are not seen has leaked", how->name, garbage[kind]);
+    if (kind == 0) {
+        check(all_nan(out2, (ptrdiff_t)blind * p->dv, (ptrdiff_t)(p->rows - blind) * p->dv,
+                      p->size) &&
+                  all_nan(lse2, blind, p->rows - blind, p->size),
+              "%s: NaN in a key that is seen was lost", how->name);
+    }
+
+    /* (A score of -inf gives a weight of 0, and a span of such weights is left out.) */
+    if (from < p->keys && get(k, (ptrdiff_t)from * p->d, p->size) != -INFINITY) {
+        const int column = random_below(p->dv);
+        memcpy(p->k, k, k_bytes);
+        memcpy(p->v, v, v_bytes);
+        put(p->v, (ptrdiff_t)from * p->dv + column, p->size, NAN);
+        attend(t->kernels, p, how, 0, p->rows, out2, lse2);
+        int reached = 1;
+        for (int i = blind; i < p->rows; i++) {
+            const ptrdiff_t at = (ptrdiff_t)i * p->dv + column;
+            reached &= isnan(get(out2, at, p->size));
+            put(out2, at, p->size, get(out, at, p->size));
+        }
+        check(reached, "%s: NaN in a value that is seen was lost", how->name);
+        check(same_rows(out, out2, 0, p->rows, row_bytes) &&
+                  same_rows(lse, lse2, 0, p->rows, (size_t)p->size),
+              "%s: NaN in one value has reached more than its column", how->name);
+    }
+    free(p->k);
+    free(p->v);
+    p->k = k;
+    p->v = v;
+
+    const size_t q_bytes = (size_t)p->rows * p->d * p->size;
+    p->q = memcpy(must(malloc(q_bytes)), q, q_bytes);
+    put(p->q, (ptrdiff_t)row * p->d + random_below(p->d), p->size, NAN);
+    attend(t->kernels, p, how, 0, p->rows, out2, lse2);
+    check(from == 0 ? get(lse2, row, p->size) == -INFINITY
+                    : all_nan(out2, (ptrdiff_t)row * p->dv, p->dv, p->size) &&
+                          isnan(get(lse2, row, p->size)),
+          "%s: NaN in a query was lost, or reached a row that sees nothing", how->name);
+    check(same_rows(out, out2, 0, row, row_bytes) &&
+              same_rows(out, out2, row + 1, p->rows - row - 1, row_bytes),
+          "%s: NaN in a query has reached another row", how->name);
+    free(p->q);
+    p->q = q;
+}
+
+/* All that is asked of one problem on every target; out_fma is what the first one with FMA said. */
+static void check_problem(struct target *targets, int count, struct problem *p, const char *name) {
+    struct answer want = make_answer(p);
+    refer(p, &want);
+    const int values = p->rows * p->dv;
+    const size_t out_bytes = (size_t)values * p->size, lse_bytes = (size_t)p->rows * p->size;
+    const size_t row_bytes = (size_t)p->dv * p->size;
+    char *out = must(malloc(out_bytes)), *out2 = must(malloc(out_bytes)), *out_fma = NULL;
+    char *lse = must(malloc(lse_bytes)), *lse2 = must(malloc(lse_bytes)), *lse_fma = NULL;
+    const uint64_t seed = random_bits();
+    for (int i = 0; i < count; i++) {
+        struct target *t = &targets[i];
+        random_state = seed;
+        snprintf(what, sizeof(what), "%s %s, %s: %d rows, %d keys, d %d, dv %d, ends %d .. %d",
+                 t->kernels->dtype, t->kernels->isa, name, p->rows, p->keys, p->d, p->dv,
+                 (int)p->ends[0], (int)p->ends[p->rows - 1]);
+        attend(t->kernels, p, &plainly, 0, p->rows, out, lse);
+        hash(&t->bits, out, out_bytes);
+        hash(&t->bits, lse, lse_bytes);
+
+        const double out_ratio = worst(out, want.out, want.out_bound, values, p->size);
+        const double lse_ratio = worst(lse, want.lse, want.lse_bound, p->rows, p->size);
+        check(out_ratio <= 1, "out is wrong by %.3g times the bound", out_ratio);
+        check(lse_ratio <= 1, "lse is wrong by %.3g times the bound", lse_ratio);
+        t->bound_used = MAX(t->bound_used, MAX(out_ratio, lse_ratio));
+
+        const int row = random_below(p->rows);
+        follow_contract(t, p, row, out2 + row * row_bytes, lse2 + row * p->size);
+        check(same_rows(out, out2, row, 1, row_bytes) &&
+                  same_rows(lse, lse2, row, 1, (size_t)p->size),
+              "row %d has other bits than the contract says", row);
+        if (!brief || seed % 3 == 0) {
+            check_ways(t, p, out, lse, out2, lse2);
+            check_garbage(t, p, out, lse, out2, lse2);
+        }
+        if (t->has_fma && !out_fma) {
+            out_fma = memcpy(must(malloc(out_bytes)), out, out_bytes);
+            lse_fma = memcpy(must(malloc(lse_bytes)), lse, lse_bytes);
+        } else if (t->has_fma) {
+            check(memcmp(out, out_fma, out_bytes) == 0 && memcmp(lse, lse_fma, lse_bytes) == 0,
+                  "other bits than another instruction set with FMA");
+        }
+    }
+    random_state = seed; /* the next problem is the same however this one was looked at */
+    free(out);
+    free(out2);
+    free(out_fma);
+    free(lse);
+    free(lse2);
+    free(lse_fma);
+    free_answer(&want);
+}
+
+static void check_tiles(struct target *targets, int count, int size, int turns) {
+    static const int lengths[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
+                                  13, 14, 15, 16, 17, 18, 19, 20, 63, 64, 65, 128};
+    static const double heats[] = {2, 0.5, 8, 60};
+    const int pairs = COUNT(lengths) * COUNT(lengths);
+    random_state = 1;
+    for (int i = 0; i < pairs * turns; i++) {
+        /* Every (d, dv); every count of rows and of keys many times, in ever other company. */
+        const int rows = 1 + (7 * i + i / pairs) % MAX_ROWS, keys = 1 + (11 * i + i / pairs) % 130;
+        const int d = lengths[i % COUNT(lengths)],
+                  dv = lengths[i / COUNT(lengths) % COUNT(lengths)];
+        const int mask = random_below(MASKS), heat = random_below(COUNT(heats));
+        struct problem p = make_problem(size, rows, keys, d, dv, mask, heats[heat], i % 3 == 0);
+        check_problem(targets, count, &p, "tile");
+        free_problem(&p);
+    }
+}
+
+static void check_spans(struct target *targets, int count, int size, int turns) {
+    enum { S = FC_SPAN };
+    static const int keys[] = {0,         S - 1, S,         S + 1,     S + 63, S + 64,    S + 66,
+                               2 * S - 1, 2 * S, 2 * S + 1, 3 * S - 9, 4 * S,  5 * S + 28};
+    random_state = 2;
+    for (int i = 0; i < 3 * COUNT(keys) * turns; i++) {
+        const int rows = 1 + random_below(20), d = 1 + random_below(9), dv = 1 + random_below(17);
+        const int mask = (i + i / COUNT(keys)) % MASKS;
+        struct problem p =
+            make_problem(size, rows, keys[i % COUNT(keys)], d, dv, mask, 1 + i % 5, i % 3 == 0);
+        check_problem(targets, count, &p, "spans");
+
+        /* The first keys weigh nothing, up to a border or beyond: empty states that were seen. */
+        static const int borders[] = {1, 63, 64, 70, S - 1, S, S + 6, 2 * S, 6 * S};
+        const int drawn = borders[random_below(COUNT(borders))], border = MIN(drawn, p.keys);
+        for (int row = 0; row < rows; row++) {
+            put(p.q, (ptrdiff_t)row * d, size, 1);
+        }
+        for (int key = 0; key < border; key++) {
+            put(p.k, (ptrdiff_t)key * d, size, -INFINITY);
+        }
+        check_problem(targets, count, &p, "scores of -inf");
+
+        /* Values of a few subnormal steps: sums that round to either zero. */
+        for (int at = 0; at < p.keys * dv; at++) {
+            put(p.v, at, size, get(p.v, at, size) * (size == 4 ? 0x1p-147 : 0x1p-1072));
+        }
+        check_problem(targets, count, &p, "subnormal values");
+        free_problem(&p);
+    }
+}
+
+/* Ends far away on either side of the tile. */
+static void check_see(const struct target *t) {
+    enum { S = FC_SPAN };
+    const struct fc_kernels *kernels = t->kernels;
+    static const int64_t ends[] = {INT64_MIN / 2, -1, 0, 1, S - 1, S, S + 1, INT64_MAX / 2};
+    static const double sees[2][8] = {{0, 0, 0, 1, S - 1, S, S, S}, {0, 0, 0, 0, 0, 0, 1, S}};
+    int right = 1;
+    for (int i = 0; i < 16; i++) {
+        struct scratch scratch = {{0}, {0}, 0};
+        struct fc_strip strip = {.nq = 1, .nv = 1};
+        int64_t row_end[MAX_ROWS];
+        strip.end = take(&scratch, (size_t)kernels->lanes * kernels->real_size);
+        for (int lane = 0; lane < kernels->lanes; lane++) {
+            row_end[lane] = ends[(i + lane) % 8];
+        }
+        kernels->see(&strip, row_end, i < 8 ? 0 : S);
+        for (int lane = 0; lane < kernels->lanes; lane++) {
+            right &= get(strip.end, lane, kernels->real_size) == sees[i / 8][(i + lane) % 8];
+        }
+        release(&scratch);
+    }
+    check(right, "see: wrong number of keys");
+}
+
+/* A state that has seen nothing changes no bit of another one, on either side of a merge, whatever
+ * the memory of its o holds. */
+static void check_merge(const struct target *t) {
+    const struct fc_kernels *kernels = t->kernels;
+    const int size = kernels->real_size, dv = 5;
+    for (int nv = 1; nv <= FC_NV; nv++) {
+        struct scratch scratch = {{0}, {0}, 0};
+        struct fc_strip strip = {.nq = 1, .nv = nv, .d = 1, .dv = dv};
+        const int lanes = nv * kernels->lanes;
+        const size_t line = (size_t)lanes * size;
+        char *m = strip.m = take(&scratch, line), *m0 = strip.m0 = take(&scratch, line);
+        char *l = strip.l = take(&scratch, line), *l0 = strip.l0 = take(&scratch, line);
+        char *o = strip.o = take(&scratch, line * dv), *o0 = strip.o0 = take(&scratch, line * dv);
+        struct fc_strip both = strip;
+        both.m = m0, both.l = l0;
+        kernels->start_span(&strip);
+        kernels->start_span(&both);
+        int right = 1;
+        for (int i = 0; i < lanes; i++) {
+            right &= get(m, i, size) == -INFINITY && get(l, i, size) == 0;
+            if (i % 3) { /* one lane in three is empty twice */
+                put(i % 3 == 1 ? m : m0, i, size, 10 - i);
+                put(i % 3 == 1 ? l : l0, i, size, 1 + i);
+                for (int column = 0; column < dv; column++) {
+                    put(i % 3 == 1 ? o : o0, column * lanes + i, size, column ? 1.25 * i : -0.0);
+                }
+            }
+        }
+        kernels->merge(&strip);
+        for (int i = 0; i < lanes; i++) {
+            right &= get(m0, i, size) == (i % 3 ? 10 - i : -INFINITY);
+            right &= get(l0, i, size) == (i % 3 ? 1 + i : 0);
+            for (int column = 0; i % 3 && column < dv; column++) {
+                const double got = get(o0, column * lanes + i, size);
+                right &= got == (column ? 1.25 * i : 0) && (column || signbit(got));
+            }
+        }
+        check(right, "merge with an empty state, %d vectors", nv);
+        release(&scratch);
+    }
+}
+
+/* 2^x, log, max */
+
+#define CHUNK 16384
+static _Alignas(64) char x_chunk[CHUNK * 8], y_chunk[CHUNK * 8], z_chunk[CHUNK * 8];
+/* 2^x is high + low; a double is enough for float. */
+static double exact_high[CHUNK], exact_low[CHUNK], ulp[CHUNK];
+
+/* One chunk of x in [-126, 0] or [-1022, 0], n of them, against 2^x. */
+static void check_exp2_chunk(struct target *targets, int count, int size, int n, int hashed) {
+    for (int i = 0; i < n; i++) {
+        const double x = get(x_chunk, i, size);
+        const long double exact = size == 4 ? 0 : exp2l(x);
+        exact_high[i] = size == 4 ? exp2(x) : (double)exact;
+        exact_low[i] = size == 4 ? 0 : (double)(exact - exact_high[i]);
+        ulp[i] = ldexp(1, (int)floor(x) - (size == 4 ? 23 : 52));
+    }
+    for (int i = n; i < CHUNK; i++) {
+        put(x_chunk, i, size, 0);
+    }
+    for (int t = 0; t < count; t++) {
+        targets[t].probe->exp2(x_chunk, y_chunk, CHUNK);
+        double largest = 0;
+        int at = 0, above_one = 0;
+        for (int i = 0; i < n; i++) {
+            const double y = get(y_chunk, i, size);
+            const double error = fabs(y - exact_high[i] - exact_low[i]);
+            above_one |= !(y <= 1);
+            if (!(error <= largest * ulp[i])) {
+                largest = error / ulp[i];
+                at = i;
+            }
+        }
+        targets[t].exp2_error = MAX(targets[t].exp2_error, largest);
+        /* Without FMA each step rounds twice. */
+        check(largest <= (targets[t].has_fma ? 1 : 1.25), "2^x is wrong by %.4g ulp at %a", largest,
+              get(x_chunk, at, size));
+        check(!above_one, "2^x above 1");
+        if (hashed) {
+            hash(&targets[t].bits, y_chunk, (size_t)CHUNK * size);
+        }
+    }
+}
+
+static void check_exp2(struct target *targets, int count, int size) {
+    snprintf(what, sizeof(what), "%s 2^x", targets->kernels->dtype);
+    random_state = 3;
+    if (size == 4) {
+        const uint32_t last = 0xc2fc0000, step = all ? 1 : 97; /* -126; -0 is 0x80000000 */
+        int n = 0, chunk = 0;
+        for (uint32_t bits = 0x80000000; bits <= last; bits += step) {
+            memcpy(x_chunk + 4 * n++, &bits, 4);
+            if (n == CHUNK || last - bits < step) {
+                const int hashed = ++chunk % 10 == 0;
+                if (hashed || !brief) {
+                    check_exp2_chunk(targets, count, size, n, hashed);
+                }
+                n = 0;
+            }
+        }
+        return;
+    }
+    const int chunks = all ? 6400 : brief ? 3 : 64;
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        for (int i = 0; i < CHUNK; i++) {
+            const double random = (random_value(8) - 1) / 2; /* [-1, 0) */
+            double x = 1022 * random;
+            if (chunk % 3 == 1) {
+                x = ldexp(random, random_below(70) - 60);
+            } else if (chunk % 3 == 2) {
+                x = random_below(2045) * -0.5 * (1 + (random_below(9) - 4) * 0x1p-52);
+            }
+            put(x_chunk, i, size, MAX(-1022, MIN(x, 0)));
+        }
+        check_exp2_chunk(targets, count, size, CHUNK, chunk < 3);
+    }
+}
+
+/* The ends of 2^x: what must be exact, what must vanish, and NaN whatever its payload. */
+static void check_exp2_edges(const struct target *t, int size) {
+    const int lowest = size == 4 ? -126 : -1022, mantissa = size == 4 ? 23 : 52;
+    int n = 0, right = 1;
+    for (int i = 0; i >= lowest; i--) {
+        put(x_chunk, n++, size, i);
+    }
+    t->probe->exp2(x_chunk, y_chunk, CHUNK);
+    for (int i = 0; i >= lowest; i--) {
+        right &= get(y_chunk, -i, size) == ldexp(1, i);
+    }
+    check(right, "2^n is not exact for every whole n");
+
+    put(x_chunk, 0, size, -0.0);
+    put(x_chunk, 1, size, size == 4 ? -0x1p-149 : -0x1p-1074);
+    put(x_chunk, 2, size, -INFINITY);
+    put(x_chunk, 3, size, size == 4 ? -FLT_MAX : -DBL_MAX);
+    put(x_chunk, 4, size, lowest - 1);
+    put(x_chunk, 5, size, lowest - 0.500001);
+    t->probe->exp2(x_chunk, y_chunk, CHUNK);
+    check(get(y_chunk, 0, size) == 1 && get(y_chunk, 1, size) == 1, "2^0 is not 1");
+    for (int i = 2; i < 6; i++) {
+        const double y = get(y_chunk, i, size);
+        check(y == 0 && !signbit(y), "2^%g is %g, not 0", get(x_chunk, i, size), y);
+    }
+
+    /* The half step below the smallest normal number: a subnormal number, rounded once, or 0. */
+    for (int i = 0; i < CHUNK; i++) {
+        put(x_chunk, i, size, lowest - (double)i / CHUNK);
+    }
+    t->probe->exp2(x_chunk, y_chunk, CHUNK);
+    for (int i = right = 0; i < CHUNK; i++) {
+        const double x = get(x_chunk, i, size), y = get(y_chunk, i, size);
+        const long double error = fabsl((long double)y - exp2l((long double)x));
+        right += (y == 0 && x <= lowest - 0.5) || error <= ldexpl(1, lowest - mantissa);
+    }
+    check(right == CHUNK, "%d values below 2^%d are wrong", CHUNK - right, lowest);
+
+    /* NaN of either sign, each single payload bit, quiet and signalling, all ones, random. */
+    n = 0;
+    for (int negative = 0; negative < 2; negative++) {
+        for (int i = 0; i < 400; i++) {
+            const int width = size * 8;
+            const uint64_t exponent = size == 4 ? 0x7f800000 : 0x7ff0000000000000;
+            uint64_t payload = i < mantissa ? (uint64_t)1 << i : random_bits();
+            payload = (i == mantissa ? ~(uint64_t)0 : payload) & (((uint64_t)1 << mantissa) - 1);
+            const uint64_t bits =
+                exponent | (payload ? payload : 1) | (uint64_t)negative << (width - 1);
+            memcpy(x_chunk + size * n++, &bits, (size_t)size);
+        }
+    }
+    t->probe->exp2(x_chunk, y_chunk, CHUNK);
+    check(all_nan(y_chunk, 0, n, size), "2^NaN is not NaN for every payload");
+    for (int i = 0; i < n; i++) {
+        put(z_chunk, i, size, i % 2 ? -1.5 : -INFINITY);
+    }
+    t->probe->max(z_chunk, x_chunk, y_chunk, CHUNK);
+    check(all_nan(y_chunk, 0, n, size), "v_max loses NaN in its second operand");
+}
+
+static void check_max(const struct target *t, int size) {
+    static const double values[] = {-INFINITY, -3, -1e-30, 0, 1e-30, 2, INFINITY};
+    const int n = COUNT(values);
+    for (int i = 0; i < n * n; i++) {
+        put(x_chunk, i, size, values[i / n]);
+        put(z_chunk, i, size, values[i % n]);
+    }
+    t->probe->max(x_chunk, z_chunk, y_chunk, CHUNK);
+    int right = 1;
+    for (int i = 0; i < n * n; i++) {
+        right &= get(y_chunk, i, size) == (double)(float)MAX(values[i / n], values[i % n]) ||
+                 get(y_chunk, i, size) == MAX(values[i / n], values[i % n]);
+    }
+    check(right, "v_max is not the larger one");
+}
+
+/* log l of sums as they come: 1, near 1, near powers of two and their square roots, large. */
+static void check_log(struct target *t, int turns) {
+    long double largest = 0;
+    double at = 1;
+    random_state = 4;
+    for (int i = 0; i < turns; i++) {
+        const double random = (random_value(8) + 1) / 2;
+        double l = 1 + random;
+        if (i % 4 == 1) {
+            l = 1 + ldexp(random, -random_below(50));
+        } else if (i % 4 == 2) {
+            l = ldexp(1 + random, random_below(60));
+        } else if (i % 4 == 3) {
+            l = (i & 4 ? sqrt(2) : 2) * (1 + ldexp(random - 0.5, -random_below(50)));
+        }
+        const long double true_log = logl((long double)l);
+        const double got = t->probe->log_of_sum(l);
+        int exponent;
+        frexpl(true_log, &exponent);
+        const long double error = fabsl((long double)got - true_log) / ldexpl(1, exponent - 53);
+        if (true_log != 0 && !(error <= largest)) {
+            largest = isnan(got) ? INFINITY : error;
+            at = l;
+        }
+        hash(&t->bits, &got, sizeof(got));
+    }
+    t->log_error = (double)largest;
+    check(largest <= 2.5, "log is wrong by %.4g ulp at %a", (double)largest, at);
+    check(t->probe->log_of_sum(1) == 0, "log 1 is not 0");
+    check(isnan(t->probe->log_of_sum(NAN)), "log NaN is not NaN");
+}
+
+static const struct probe *find_probe(const char *dtype, const char *isa) {
+    for (int i = 0; i < COUNT(probes); i++) {
+        if (strcmp(probes[i]->dtype, dtype) == 0 && strcmp(probes[i]->isa, isa) == 0) {
+            return probes[i];
+        }
+    }
+    fprintf(stderr, "kernels_test: no probe_%s_%s.c\n", dtype, isa);
+    exit(2);
+}
+
+static void check_dtype(const char *dtype, const char *const *isas, int show_bits) {
+    struct target targets[8] = {{0}};
+    int count = 0;
+    for (; isas[count]; count++) {
+        struct target *t = &targets[count];
+        t->kernels = fc_find(dtype, isas[count]);
+        if (!t->kernels) {
+            fprintf(stderr, "kernels_test: no %s kernels for %s here\n", dtype, isas[count]);
+            exit(2);
+        }
+        t->probe = find_probe(dtype, isas[count]);
+        t->has_fma = strcmp(isas[count], "scalar") != 0;
+        t->bits = 0xcbf29ce484222325;
+    }
+    const int size = targets->kernels->real_size, turns = all ? 10 : 1;
+    check_exp2(targets, count, size);
+    for (int i = 0; i < count; i++) {
+        snprintf(what, sizeof(what), "%s %s", dtype, isas[i]);
+        check_exp2_edges(&targets[i], size);
+        check_max(&targets[i], size);
+        check_log(&targets[i], 20000 * turns);
+        check_see(&targets[i]);
+        check_merge(&targets[i]);
+    }
+    check_tiles(targets, count, size, turns);
+    check_spans(targets, count, size, turns);
+
+    const struct target *first = NULL;
+    for (int i = 0; i < count; i++) {
+        const struct target *t = &targets[i];
+        printf("%s %-6s  2^x within %.4f ulp, log l within %.3f ulp; %.0f %% of the error bound "
+               "used\n",
+               dtype, isas[i], t->exp2_error, t->log_error, 100 * t->bound_used);
+        if (show_bits) {
+            printf("bits %s %s %016llx\n", dtype, isas[i], (unsigned long long)t->bits);
+        }
+        first = first ? first : t->has_fma ? t : NULL;
+        snprintf(what, sizeof(what), "%s %s", dtype, isas[i]);
+        check(!t->has_fma || t->bits == first->bits, "other bits than %s", first->kernels->isa);
+    }
+}
+
+int main(int argc, char **argv) {
+    const char *chosen[8] = {0};
+    int show_bits = 0, count = 0;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--all") == 0) {
+            all = 1;
+        } else if (strcmp(argv[i], "--brief") == 0) {
+            brief = 1;
+        } else if (strcmp(argv[i], "--bits") == 0) {
+            show_bits = 1;
+        } else if (argv[i][0] != '-' && count + 1 < COUNT(chosen)) {
+            chosen[count++] = argv[i];
+        } else {
+            fprintf(stderr, "usage: %s [--bits] [--all | --brief] [instruction set ...]\n",
+                    argv[0]);
+            return 2;
+        }
+    }
+    signal(SIGSEGV, fault);
+    signal(SIGBUS, fault);
+    signal(SIGILL, fault);
+    map_areas();
+    const char *const *isas = count ? chosen : fc_isas();
+    check_dtype("f32", isas, show_bits);
+    check_dtype("f64", isas, show_bits);
+    printf("%ld passed, %ld failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,2 @@
+#include "isa/f32_avx2.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/f32_avx512.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/f32_neon.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/f32_scalar.c"
+#include "probe.inc"

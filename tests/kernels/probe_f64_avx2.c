@@ -1,0 +1,2 @@
+#include "isa/f64_avx2.c"
+#include "probe.inc"

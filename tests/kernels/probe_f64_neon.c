@@ -1,0 +1,2 @@
+#include "isa/f64_neon.c"
+#include "probe.inc"

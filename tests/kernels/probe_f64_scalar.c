@@ -1,0 +1,2 @@
+#include "isa/f64_scalar.c"
+#include "probe.inc"
