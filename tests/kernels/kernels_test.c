@@ -477,21 +477,23 @@ static void refer(const struct problem *p, struct answer *a) {
                 size_of_o += s[key] * WIDE(fabs)(v);
                 o_error += MAX(s[key], 0x1p-120) * error[key] * WIDE(fabs)(v);
             }
-            const wide out = l == 0 ? 0 : o / l;
-            a->out[row * p->dv + i] = (double)out;
-            a->out_bound[row * p->dv + i] = l == 0 ? 0
-                                                   : (double)(slack *
-                                                              (o_error + l_error * WIDE(fabs)(out) +
-                                                               2 * (n + steps) * u * size_of_o) /
-                                                              l) +
-                                                         (n + steps) * subnormal;
+            const int at = row * p->dv + i;
+            a->out[at] = a->out_bound[at] = 0;
+            if (l > 0) {
+                const wide chains = 2 * (n + steps) * u * size_of_o;
+                const wide bound = (o_error + chains) / l + WIDE(fabs)(o / l) * l_error / l;
+                a->out[at] = (double)(o / l);
+                a->out_bound[at] = slack * (double)bound + (n + steps) * subnormal;
+            }
         }
-        const double lse = l == 0 ? -INFINITY : (double)(top * (wide)M_LN2 + WIDE(log)(l));
-        a->lse[row] = lse;
-        a->lse_bound[row] =
-            l == 0 ? 0
-                   : slack * ((double)(LN2 * top_error + l_error / l) + (n + steps) * u +
-                              3 * u * fabs(lse) + 3 * u * (double)WIDE(fabs)(top));
+        a->lse[row] = -INFINITY;
+        a->lse_bound[row] = 0;
+        if (l > 0) {
+            const double lse = (double)(top * (wide)M_LN2 + WIDE(log)(l));
+            const double sums = (double)(LN2 * top_error + l_error / l) + (n + steps) * u;
+            a->lse[row] = lse;
+            a->lse_bound[row] = slack * (sums + 3 * u * (fabs(lse) + fabs((double)top)));
+        }
     }
     free(s);
     free(error);
@@ -511,8 +513,7 @@ static void free_answer(struct answer *a) {
     free(a->lse_bound);
 }
 
-/* The worst |got - want| / bound, infinity where one of them is NaN or infinite and the other not.
- */
+/* The worst |got - want| / bound, infinity where only one of them is NaN or infinite. */
 static double worst(const char *got, const double *want, const double *bound, int n, int size) {
     double ratio = 0;
     for (int i = 0; i < n; i++) {
