@@ -86,9 +86,9 @@ def scratch_bytes(q, k, v):
         None,
         False,
     )
-    kernels, lanes = machine.kernels(asked.dtype, machine.isa())
+    kernels, lanes = machine.kernels(asked.real, machine.isa())
     cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None)
-    return _engine.workspace_bytes(kernels, D, D, cut[:4]) * min(cut.threads, limit(None))
+    return _engine.workspace_bytes(kernels, D, D, cut[:5]) * min(cut.threads, limit(None))
 
 
 def compare():

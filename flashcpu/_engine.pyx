@@ -54,12 +54,28 @@ cdef extern from "kernels/kernels.h" nogil:
         void *s
         void *alpha
         void *end
+        const char *soon
+        ptrdiff_t soon_stride
+        int soon_rows, soon_bytes
+
+    struct fc_storage:
+        const char *dtype
+        const char *isa
+        int elem_size
+        void (*pack)(const fc_strip *, const void *const *, double) noexcept nogil
+        void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
+        void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
+        void (*stage_panels)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
+        void (*pack_few)(const fc_strip *, const void *const *, double) noexcept nogil
+        void (*scores_few)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
+        void (*accumulate_few)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
+                               int) noexcept nogil
+        void (*finish_few)(const fc_strip *, void *const *, void *const *) noexcept nogil
 
     struct fc_kernels:
         const char *dtype
         const char *isa
-        int lanes, panel, elem_size, real_size
-        void (*pack)(const fc_strip *, const void *const *, double) noexcept nogil
+        int lanes, panel, real_size
         void (*start_span)(const fc_strip *) noexcept nogil
         void (*see)(const fc_strip *, const int64_t *, int64_t) noexcept nogil
         void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -67,14 +83,15 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
                            int) noexcept nogil
         void (*merge)(const fc_strip *) noexcept nogil
-        void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
-        void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
-        void (*stage_panels)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
+        int rows_few
+        void (*softmax_few)(const fc_strip *, int, int) noexcept nogil
+        void (*merge_few)(const fc_strip *) noexcept nogil
         double (*fma_loop)(long) noexcept nogil
         double (*read_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
-    const fc_kernels *fc_find(const char *dtype, const char *isa)
+    const fc_kernels *fc_find_kernels(const char *dtype, const char *isa)
+    const fc_storage *fc_find_storage(const char *dtype, const char *isa)
 
 
 cdef extern from *:
@@ -96,19 +113,32 @@ cdef enum:
 cdef double SIGNAL_PERIOD = 0.05
 
 
+cdef class Storage:
+    """How one dtype is read and written by one instruction set."""
+
+    cdef const fc_storage *table
+    cdef readonly str dtype, isa
+
+    def __cinit__(self, str dtype, str isa):
+        self.table = fc_find_storage(dtype.encode(), isa.encode())
+        if self.table is NULL:
+            raise ValueError(f"no {dtype} storage for instruction set {isa!r} on this CPU")
+        self.dtype, self.isa = dtype, isa
+
+
 cdef class Kernels:
-    """The functions of one (dtype, instruction set)."""
+    """The arithmetic of one (real type, instruction set)."""
 
     cdef const fc_kernels *table
     cdef readonly str dtype, isa
-    cdef readonly int lanes, itemsize
+    cdef readonly int lanes, rows_few
 
     def __cinit__(self, str dtype, str isa):
-        self.table = fc_find(dtype.encode(), isa.encode())
+        self.table = fc_find_kernels(dtype.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} kernels for instruction set {isa!r} on this CPU")
         self.dtype, self.isa = dtype, isa
-        self.lanes, self.itemsize = self.table.lanes, self.table.elem_size
+        self.lanes, self.rows_few = self.table.lanes, self.table.rows_few
 
     def fma_rate(self, double seconds):
         """Flops a second of nothing but FMAs on one thread, over about `seconds`."""
@@ -131,9 +161,38 @@ cdef class Kernels:
             self.table.read_loop(&buffer[i * part], part)
 
 
+cdef struct Steps:
+    # The kernels of one call: those of tile.inc for many query rows, of decode.inc for few.
+    void (*pack)(const fc_strip *, const void *const *, double) noexcept nogil
+    void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
+    void (*softmax)(const fc_strip *, int, int) noexcept nogil
+    void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
+                       int) noexcept nogil
+    void (*merge)(const fc_strip *) noexcept nogil
+    void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
+
+
+cdef Steps steps_of(const fc_kernels *kernels, const fc_storage *rows, const fc_storage *stored,
+                    bint few) noexcept nogil:
+    cdef Steps steps
+    if few:
+        steps.pack, steps.finish = rows.pack_few, rows.finish_few
+        steps.scores, steps.accumulate = stored.scores_few, stored.accumulate_few
+        steps.softmax, steps.merge = kernels.softmax_few, kernels.merge_few
+    else:
+        steps.pack, steps.finish = rows.pack, rows.finish
+        steps.scores, steps.accumulate = kernels.scores, kernels.accumulate
+        steps.softmax, steps.merge = kernels.softmax, kernels.merge
+    return steps
+
+
 cdef struct Call:
     # What is the same for every item. Strides in bytes, leading dimensions of K and V in elements.
     const fc_kernels *kernels
+    const fc_storage *rows  # how queries and results are stored
+    const fc_storage *stored  # how keys and values are
+    Steps steps
+    int few
     const char *q
     const char *k
     const char *v
@@ -165,6 +224,14 @@ cdef char *carve(char **at, Py_ssize_t size) noexcept nogil:
     return here
 
 
+cdef Py_ssize_t bytes_for(const fc_kernels *kernels, Py_ssize_t length) noexcept nogil:
+    """`length` numbers for every row of a strip, in the larger of the two layouts."""
+    cdef Py_ssize_t lanes = kernels.lanes
+    cdef Py_ssize_t transposed = length * FC_NV * lanes
+    cdef Py_ssize_t padded = kernels.rows_few * ((length + lanes - 1) // lanes * lanes)
+    return max(transposed, padded) * kernels.real_size
+
+
 cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept nogil:
     """Cut the workspace at `base` into its parts; with base NULL only count the bytes."""
     cdef const fc_kernels *kernels = call.kernels
@@ -185,21 +252,19 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     strip.alpha = carve(&at, blocks * lanes * real)
     strip.end = carve(&at, lanes * real)
     for i in range(call.strips):
-        strip.qt = carve(&at, call.d * lanes * real)
+        strip.qt = carve(&at, bytes_for(kernels, call.d))
         strip.m = carve(&at, lanes * real)
         strip.l = carve(&at, lanes * real)
-        strip.o = carve(&at, call.dv * lanes * real)
+        strip.o = carve(&at, bytes_for(kernels, call.dv))
         strip.m0 = carve(&at, lanes * real)
         strip.l0 = carve(&at, lanes * real)
-        strip.o0 = carve(&at, call.dv * lanes * real)
+        strip.o0 = carve(&at, bytes_for(kernels, call.dv))
         if base is not NULL:
             into.strips[i] = strip
     if call.stage_k:
-        into.k = carve(&at, <Py_ssize_t>call.keys * call.d * kernels.elem_size)
+        into.k = carve(&at, <Py_ssize_t>call.keys * call.d * real)
     if call.stage_v:
-        into.v = carve(
-            &at, <Py_ssize_t>call.keys * (call.dv + kernels.panel) * kernels.elem_size
-        )
+        into.v = carve(&at, <Py_ssize_t>call.keys * (call.dv + kernels.panel) * real)
     return at - base
 
 
@@ -257,11 +322,15 @@ cdef int pack_rows(const Call *call, const int64_t *item, const int64_t *member,
     while row < item[ITEM_ROW1]:
         strip = work.strips + strips
         ends = work.row_end + strips * FC_NV * kernels.lanes
-        vectors = <int>((item[ITEM_ROW1] - row + kernels.lanes - 1) // kernels.lanes)
-        strip.nv = 2 if vectors == 4 else min(vectors, FC_NV)
-        strip.nq = <int>min(<int64_t>strip.nv * kernels.lanes, item[ITEM_ROW1] - row)
+        if call.few:
+            strip.nq = <int>min(<int64_t>kernels.rows_few, item[ITEM_ROW1] - row)
+            strip.nv = (strip.nq + kernels.lanes - 1) // kernels.lanes
+        else:
+            vectors = <int>((item[ITEM_ROW1] - row + kernels.lanes - 1) // kernels.lanes)
+            strip.nv = 2 if vectors == 4 else min(vectors, FC_NV)
+            strip.nq = <int>min(<int64_t>strip.nv * kernels.lanes, item[ITEM_ROW1] - row)
         find_rows(call, item, member, row, strip, work, ends)
-        kernels.pack(strip, work.q_rows, call.scale)
+        call.steps.pack(strip, work.q_rows, call.scale)
         # Nothing seen so far, and nothing at all when the rows see no key.
         merged = strip[0]
         merged.m, merged.l = strip.m0, strip.l0
@@ -282,7 +351,7 @@ cdef void finish_rows(const Call *call, const int64_t *item, const int64_t *memb
         strip = work.strips + i
         find_rows(call, item, member, row, strip, work,
                   work.row_end + i * FC_NV * kernels.lanes)
-        kernels.finish(strip, work.out_rows, work.lse_rows if call.lse is not NULL else NULL)
+        call.steps.finish(strip, work.out_rows, work.lse_rows if call.lse is not NULL else NULL)
         row += strip.nq
 
 
@@ -294,6 +363,7 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     in flash_attention.
     """
     cdef const fc_kernels *kernels = call.kernels
+    cdef const fc_storage *stored = call.stored
     cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
     cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
     cdef const void *k_tile
@@ -310,13 +380,13 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     while key < item[ITEM_KEY1]:
         span_end = min((key // FC_SPAN + 1) * FC_SPAN, item[ITEM_KEY1])
         nk = <int>min(<int64_t>call.keys, span_end - key)
-        k_tile, ldk = k + key * call.k_row, call.k_row // kernels.elem_size
-        v_tile, ldv, panel = v + key * call.v_row, call.v_row // kernels.elem_size, kernels.panel
+        k_tile, ldk = k + key * call.k_row, call.k_row // stored.elem_size
+        v_tile, ldv, panel = v + key * call.v_row, call.v_row // stored.elem_size, kernels.panel
         if call.stage_k:
-            kernels.stage_rows(work.k, k_tile, ldk, nk, call.d)
+            stored.stage_rows(work.k, k_tile, ldk, nk, call.d)
             k_tile, ldk = work.k, call.d
         if call.stage_v:
-            kernels.stage_panels(work.v, v_tile, ldv, nk, call.dv)
+            stored.stage_panels(work.v, v_tile, ldv, nk, call.dv)
             v_tile, ldv, panel = work.v, kernels.panel, <ptrdiff_t>nk * kernels.panel
 
         for i in range(strips):
@@ -337,11 +407,17 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
                 kernels.start_span(&strip)
             if full < n:
                 kernels.see(&strip, ends, key)
-            kernels.scores(&strip, k_tile, ldk, n, full)
-            kernels.softmax(&strip, n, full)
-            kernels.accumulate(&strip, v_tile, ldv, panel, n, full)
+            # Decode waits for memory: fetch V while K is worked on, and the next K while V is.
+            strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
+            strip.soon_rows, strip.soon_bytes = nk if i == 0 else 0, call.dv * stored.elem_size
+            call.steps.scores(&strip, k_tile, ldk, n, full)
+            call.steps.softmax(&strip, n, full)
+            strip.soon, strip.soon_stride = k + (key + nk) * call.k_row, call.k_row
+            strip.soon_rows = min(strip.soon_rows, <int>min(item[ITEM_KEY1] - key - nk, FC_SPAN))
+            strip.soon_bytes = call.d * stored.elem_size
+            call.steps.accumulate(&strip, v_tile, ldv, panel, n, full)
             if key >= FC_SPAN and key + n == end:
-                kernels.merge(&strip)
+                call.steps.merge(&strip)
         key += nk
 
         if call.stop[0]:
@@ -376,8 +452,8 @@ cdef void attend_items(const Call *call, const int64_t[:, ::1] items,
                             &looked if threadid() == 0 else NULL)
 
 
-def attend(Kernels kernels, arrays, strides, shape, plan, double scale, bint causal, int threads,
-           int[::1] stop=None):
+def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape, plan,
+           double scale, bint causal, int threads, int[::1] stop=None):
     """Run the plan: out and lse <- attention of every item.
 
     arrays: (q, k, v, out, lse or None). strides: bytes of (q head, q row, k head, k row, v head,
@@ -394,8 +470,9 @@ def attend(Kernels kernels, arrays, strides, shape, plan, double scale, bint cau
     cdef char *scratch = NULL
 
     q, k, v, out, lse = arrays
-    call.strips, call.keys, call.stage_k, call.stage_v, _, members, items = plan
-    call.kernels = kernels.table
+    (call.few, call.strips, call.keys, call.stage_k, call.stage_v, _, members, items) = plan
+    call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
+    call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
     call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
     call.out = cnp.PyArray_BYTES(out)
     call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
@@ -425,7 +502,7 @@ def workspace_bytes(Kernels kernels, int d, int dv, tile):
     cdef Workspace unplaced
     call.kernels = kernels.table
     call.d, call.dv = d, dv
-    call.strips, call.keys, call.stage_k, call.stage_v = tile
+    _, call.strips, call.keys, call.stage_k, call.stage_v = tile
     return lay_out(&call, NULL, &unplaced)
 
 

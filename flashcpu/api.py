@@ -38,12 +38,13 @@ def attention(
 
     Parameters
     ----------
-    q : (..., Hq, Lq, D) array, float32 or float64
-        Queries. Also (B, Lq, D) and (Lq, D), without heads.
-    k : (..., Hkv, Lkv, D) array, of the dtype of q
+    q : (..., Hq, Lq, D) array, float64, float32, float16 or bfloat16
+        Queries. Also (B, Lq, D) and (Lq, D), without heads. bfloat16 is the dtype of ml_dtypes.
+        16-bit numbers are computed with in float32, and the result is rounded once.
+    k : (..., Hkv, Lkv, D) array, of the dtype of q; of 16 bits also with q float32
         Keys. Hq must be a multiple of Hkv; consecutive groups of Hq / Hkv query heads share a KV
         head.
-    v : (..., Hkv, Lkv, Dv) array, of the dtype of q
+    v : (..., Hkv, Lkv, Dv) array, of the dtype of k
         Values. Leading axes of q, k and v broadcast, without copies. Arrays whose last axis has
         unit stride are read where they lie; others are copied once.
     scale : float, default 1 / sqrt(D)
@@ -86,7 +87,7 @@ def attention(
     -------
     out : (..., Hq, Lq, Dv) array, of the dtype of q
         A row that sees no key is 0, also when Lkv = 0.
-    lse : (..., Hq, Lq) array, of the dtype of q
+    lse : (..., Hq, Lq) array, float32, or float64 for float64
         Only with return_lse. A row that sees no key has -inf.
 
     Raises
@@ -94,10 +95,9 @@ def attention(
     ValueError
         For shapes or numbers that do not fit; the message has the shapes.
     TypeError
-        For dtypes other than float32 and float64, mixed dtypes, masked arrays, and options of the
-        wrong type.
+        For other dtypes, other mixtures of them, masked arrays, and options of the wrong type.
     NotImplementedError
-        For the arguments above, and for float16 and bfloat16.
+        For the arguments above.
     MemoryError
         If there is no memory for the result or the scratch.
 
@@ -144,15 +144,18 @@ def attention(
     result = out if out is None else problem.output(out, asked, q.dtype)
     if result is None or problem.needs_own_memory(result, q, k, v):
         result = np.empty(asked.out_shape, q.dtype)
-    lse = np.empty(asked.lse_shape, q.dtype) if return_lse else None
+    lse = np.empty(asked.lse_shape, asked.lse_dtype) if return_lse else None
 
-    kernels, lanes = machine.kernels(asked.dtype, machine.isa())
+    isa = machine.isa()
+    kernels, lanes = machine.kernels(asked.real, isa)
     strides = asked.result_strides(result.strides)
     cut = plan.cut(asked, lanes, strides, kv_len, q_start, tiles)
     threads = min(cut.threads, threading_.limit(threads)) if cut.threads > 1 else 1
     call = partial(
         _engine.attend,
         kernels,
+        machine.storage(asked.rows, isa),
+        machine.storage(asked.stored, isa),
         (q, k, v, result, lse),
         (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
         (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),

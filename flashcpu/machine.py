@@ -45,10 +45,18 @@ def use_isa(name):
 
 
 @cache
-def kernels(dtype, isa_name):
-    """The kernels of one (dtype, instruction set), and what the plan must know of them."""
-    table = _engine.Kernels(dtype, isa_name)
-    return table, Lanes(table.lanes, _engine.STRIP_VECTORS, _engine.BLOCK, _engine.SPAN)
+def kernels(real, isa_name):
+    """The arithmetic of one (real type, instruction set), and what the plan must know of it."""
+    table = _engine.Kernels(real, isa_name)
+    return table, Lanes(
+        table.lanes, _engine.STRIP_VECTORS, _engine.BLOCK, _engine.SPAN, table.rows_few
+    )
+
+
+@cache
+def storage(dtype, isa_name):
+    """How one dtype is read and written by one instruction set."""
+    return _engine.Storage(dtype, isa_name)
 
 
 def cpu_name():

@@ -37,11 +37,13 @@ class Lanes(NamedTuple):
     vectors: int  # vectors in a strip
     block: int  # keys between two rescales
     span: int  # keys between two merges
+    few: int  # most query rows of the kernels for few
 
 
 class Plan(NamedTuple):
     """Tiles, how many threads can be of use, and the two tables that the engine walks."""
 
+    few: bool  # so few query rows that lanes are keys: the kernels of decode.inc
     strips: int
     keys: int
     stage_k: bool
@@ -68,11 +70,13 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     strips, keys = _tile(problem, lanes, tiles, rows, len(members))
     items = _items(problem, lanes, members, rows, strips)
     work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
+    few = rows <= lanes.few
     return Plan(
+        few=few,
         strips=strips,
         keys=keys,
-        stage_k=problem.k_strides[1] % PAGE == 0 and problem.Lkv > 1,
-        stage_v=problem.v_strides[1] % PAGE == 0 and problem.Lkv > 1,
+        stage_k=not few and _staged(problem, problem.k_strides[1]),
+        stage_v=not few and _staged(problem, problem.v_strides[1]),
         threads=1 if work < SMALL else max(1, len(items)),
         members=members,
         items=items,
@@ -80,6 +84,11 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
 
 
 _cut_alike = lru_cache(maxsize=512)(_cut)
+
+
+def _staged(problem, row_stride):
+    """Whether tiles of K or V are copied: 16-bit numbers are widened, aliasing rows moved apart."""
+    return problem.stored != problem.real or (row_stride % PAGE == 0 and problem.Lkv > 1)
 
 
 def _members(problem, out_strides, kv_len, q_start):

@@ -18,8 +18,9 @@ FARTHEST = 2**60
 DEEPEST = 2**24
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-DTYPES = {F32: "f32", F64: "f64"}
-LATER_DTYPES = ("float16", "bfloat16")
+# Names of dtypes here and in the kernels. The 16-bit ones are stored, and computed in float32;
+# bfloat16 is the dtype of ml_dtypes, known by its name.
+NAMES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -29,7 +30,9 @@ class Problem:
     Compared and hashed by identity: `describe` gives the same object for the same question.
     """
 
-    dtype: str
+    real: str  # type of the arithmetic: f32 or f64
+    rows: str  # how queries and results are stored: f64, f32, f16 or bf16
+    stored: str  # how keys and values are stored
     lead: tuple  # broadcast leading axes: the members of the batch
     Hq: int
     Hkv: int
@@ -53,6 +56,11 @@ class Problem:
         """Query heads that share a KV head."""
         return self.Hq // self.Hkv if self.Hkv else 0
 
+    @property
+    def lse_dtype(self):
+        """The real type."""
+        return F64 if self.real == "f64" else F32
+
     def result_strides(self, strides):
         """Strides of the result as (lead ..., head, row)."""
         if len(strides) > 3:
@@ -63,7 +71,8 @@ class Problem:
 def operand(array, name):
     """The array as the kernels can read it: itself, or one copy where its memory does not allow.
 
-    Raises TypeError for what is not float32 or float64, and for masked arrays.
+    Raises TypeError for other dtypes than float64, float32, float16 and bfloat16, and for masked
+    arrays.
     """
     if type(array) is not np.ndarray:
         if isinstance(array, np.ma.MaskedArray):
@@ -73,13 +82,13 @@ def operand(array, name):
         except ValueError as error:
             raise ValueError(f"{name} is not an array: {error}") from None
     dtype = array.dtype
-    if dtype is not F32 and dtype is not F64 and dtype not in DTYPES:
-        if dtype.name in LATER_DTYPES:
-            raise NotImplementedError(f"{name} has dtype {dtype.name}: not supported yet")
-        native = dtype.newbyteorder("=")
-        if native not in DTYPES:
-            raise TypeError(f"{name} has dtype {dtype}; float32 or float64 is needed")
-        return array.astype(native, order="C")
+    if dtype is not F32 and dtype is not F64:
+        if dtype.name not in NAMES:
+            raise TypeError(
+                f"{name} has dtype {dtype}; float64, float32, float16 or bfloat16 is needed"
+            )
+        if not dtype.isnative:
+            return array.astype(dtype.newbyteorder("="), order="C")
     if not array.flags.aligned or (array.ndim and not unit_last_stride(array)):
         return np.array(array, order="C")
     return array
@@ -96,9 +105,11 @@ def describe(dtypes, shapes, strides, scale, causal):
 
     Raises ValueError for shapes that do not fit, TypeError for mixed dtypes.
     """
-    if not dtypes[0] == dtypes[1] == dtypes[2]:
+    rows, stored, of_v = (NAMES[dtype.name] for dtype in dtypes)
+    if stored != of_v or (rows != stored and (rows, dtypes[1].itemsize) != ("f32", 2)):
         raise TypeError(
-            "q, k, v must have one dtype, got {}, {}, {}".format(*(d.name for d in dtypes))
+            "q, k, v must have one dtype, or q float32 and k, v the same one of 16 bits; "
+            "got {}, {}, {}".format(*(dtype.name for dtype in dtypes))
         )
     seen = "got q {}, k {}, v {}".format(*shapes)
     for name, shape in zip("qkv", shapes, strict=True):
@@ -130,7 +141,9 @@ def describe(dtypes, shapes, strides, scale, causal):
     rows_shape = (*lead, Hq, Lq) if rank > 3 else (*lead[3 - rank :], Lq)
     q_bytes, k_bytes, v_bytes = (stride for _, stride in axes)
     return Problem(
-        dtype=DTYPES[dtypes[0]],
+        real="f64" if rows == "f64" else "f32",
+        rows=rows,
+        stored=stored,
         lead=lead,
         Hq=Hq,
         Hkv=Hkv,

@@ -25,7 +25,7 @@ def load(name):
 problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
-LANES = [plan.Lanes(16, 3, 64, 256), plan.Lanes(2, 3, 64, 256), plan.Lanes(4, 2, 8, 192)]
+LANES = [plan.Lanes(16, 3, 64, 256, 8), plan.Lanes(2, 3, 64, 256, 6), plan.Lanes(4, 2, 8, 192, 0)]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
 
 

@@ -34,17 +34,39 @@ struct fc_strip {
     void *s;            /* [nk][nv*W] scores of the tile, then its weights */
     void *alpha;        /* [blocks][nv*W] block maxima of the tile, then rescale factors */
     void *end;          /* [nv*W] first key of the tile that the row does not see */
+    /* decode: rows that the next kernel reads, fetched while this one works */
+    const char *soon;
+    ptrdiff_t soon_stride;
+    int soon_rows, soon_bytes;
 };
 
-struct fc_kernels {
+/* How a dtype is stored, and moved into and out of the real type of the arithmetic. */
+struct fc_storage {
     const char *dtype, *isa;
-    int lanes;     /* W: query rows in a vector */
-    int panel;     /* MR: columns of V in one pass of accumulate, the width of a staged panel */
     int elem_size; /* bytes of a stored element */
-    int real_size; /* bytes of a computed one */
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows, double scale);
+    /* out <- o0 / l0, lse (real) <- m0 ln 2 + log l0; one pointer a row, lse may be NULL */
+    void (*finish)(const struct fc_strip *, void *const *out, void *const *lse);
+    /* nk rows of K or V in the real type: densely, or in panels of `panel` columns */
+    void (*stage_rows)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
+    void (*stage_panels)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
+    /* the same steps for few query rows (decode.inc), K and V as they are stored */
+    void (*pack_few)(const struct fc_strip *, const void *const *rows, double scale);
+    void (*scores_few)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);
+    void (*accumulate_few)(const struct fc_strip *, const void *v, ptrdiff_t ldv, ptrdiff_t panel,
+                           int nk, int full);
+    void (*finish_few)(const struct fc_strip *, void *const *out, void *const *lse);
+};
+
+/* The arithmetic of one real type: f32 or f64. */
+struct fc_kernels {
+    const char *dtype, *isa;
+    int lanes;     /* W: query rows in a vector */
+    int panel;     /* columns of V in a staged panel */
+    int real_size; /* bytes of a computed number */
+
     /* (m, l) <- (-inf, 0); set `fresh` for o */
     void (*start_span)(const struct fc_strip *);
     /* end <- how many keys of the tile at k0 each row sees, when its keys end at row_end */
@@ -58,11 +80,10 @@ struct fc_kernels {
                        int nk, int full);
     /* (m0, l0, o0) <- merge of (m0, l0, o0) and (m, l, o) */
     void (*merge)(const struct fc_strip *);
-    /* out <- o0 / l0, lse <- m0 ln 2 + log l0; one pointer a row, lse may be NULL */
-    void (*finish)(const struct fc_strip *, void *const *out, void *const *lse);
-    /* copy nk rows of K or V: densely, or in panels of `panel` columns */
-    void (*stage_rows)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
-    void (*stage_panels)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
+    /* the same for few query rows */
+    int rows_few; /* most query rows in such a strip */
+    void (*softmax_few)(const struct fc_strip *, int nk, int full);
+    void (*merge_few)(const struct fc_strip *);
 
     /* what the machine can do, for benchmarks: limits.inc */
     double (*fma_loop)(long turns); /* returns how many flops it did */
@@ -71,7 +92,8 @@ struct fc_kernels {
 
 /* Instruction sets this build has for this CPU, best first, ended by NULL. */
 const char *const *fc_isas(void);
-/* The table, or NULL when this CPU or build does not have it. */
-const struct fc_kernels *fc_find(const char *dtype, const char *isa);
+/* The tables, or NULL when this CPU or build does not have them. */
+const struct fc_storage *fc_find_storage(const char *dtype, const char *isa);
+const struct fc_kernels *fc_find_kernels(const char *dtype, const char *isa);
 
 #endif

@@ -1,8 +1,12 @@
-/* The vector vocabulary of tile.inc. The only file with #if on the instruction set and the type.
+/* The vector vocabulary of tile.inc, storage.inc and decode.inc. The only file with #if on the
+ * instruction set and the type.
  *
- * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64 and one of FC_AVX512, FC_AVX2, FC_NEON,
- * FC_SCALAR, then includes tile.inc. Every type here is a GCC vector type, so + - * / mean the
- * lane-wise IEEE operations and are used as such. */
+ * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64, FC_F16 or FC_BF16 if numbers are stored
+ * so, and one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR. Every type here is a GCC vector type, so
+ * + - * / mean the lane-wise IEEE operations and are used as such. */
+#ifndef FLASHCPU_VEC_H
+#define FLASHCPU_VEC_H
+
 #include <math.h>
 #include <string.h>
 
@@ -15,7 +19,11 @@ typedef double real;
 typedef int64_t real_bits;
 #define MANTISSA_BITS 52
 #endif
+#if defined(FC_F16) || defined(FC_BF16)
+typedef uint16_t elem;
+#else
 typedef real elem;
+#endif
 
 #if defined(FC_AVX512)
 #include <immintrin.h>
@@ -41,6 +49,9 @@ typedef real elem;
 #endif
 
 #define W ((int)(VEC_BYTES / sizeof(real)))
+/* Columns of V in a staged panel: a cache line, so that the keys of a tile never share a set. */
+#define PANEL ((int)(64 / sizeof(real)))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
@@ -51,8 +62,8 @@ typedef real_bits vec_bits __attribute__((vector_size(VEC_BYTES)));
 INLINE vec v_splat(real x) { return x - (vec){0}; }
 INLINE vec v_load(const real *p) { return *(const vec *)p; }
 INLINE void v_store(real *p, vec x) { *(vec *)p = x; }
-INLINE vec v_load_unaligned(const elem *p) { return *(const vec_unaligned *)p; }
-INLINE void v_store_unaligned(elem *p, vec x) { *(vec_unaligned *)p = x; }
+INLINE vec v_load_unaligned(const real *p) { return *(const vec_unaligned *)p; }
+INLINE void v_store_unaligned(real *p, vec x) { *(vec_unaligned *)p = x; }
 /* 2^n from n + bias in the low bits of the sum n + magic (exp2.h). */
 INLINE vec v_exponent(vec x) { return (vec)((vec_bits)x << MANTISSA_BITS); }
 
@@ -71,12 +82,6 @@ INLINE mask mask_counted(vec p) {
 }
 INLINE vec v_select(mask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }
 INLINE vec v_fma_where(mask m, vec a, vec b, vec c) { return _mm512_mask3_fmadd_ps(a, b, c, m); }
-INLINE vec v_load_n(const elem *p, int n) {
-    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-}
-INLINE void v_store_n(elem *p, vec x, int n) {
-    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
-}
 #elif defined(FC_AVX512)
 typedef __mmask8 mask;
 INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
@@ -88,12 +93,6 @@ INLINE mask mask_counted(vec p) {
 }
 INLINE vec v_select(mask m, vec a, vec b) { return _mm512_mask_mov_pd(b, m, a); }
 INLINE vec v_fma_where(mask m, vec a, vec b, vec c) { return _mm512_mask3_fmadd_pd(a, b, c, m); }
-INLINE vec v_load_n(const elem *p, int n) {
-    return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
-}
-INLINE void v_store_n(elem *p, vec x, int n) {
-    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), x);
-}
 #else
 typedef vec_bits mask;
 INLINE mask mask_lt(vec a, vec b) { return a < b; }
@@ -121,20 +120,95 @@ INLINE vec v_max(vec a, vec b) { return v_select(a > b, a, b); }
 #endif
 #endif
 INLINE vec v_fma_where(mask m, vec a, vec b, vec c) { return v_select(m, v_fma(a, b, c), c); }
-/* Edges: n of W elements, the rest 0; nothing beyond the n is touched. */
-INLINE vec v_load_n(const elem *p, int n) {
-    vec x = {0};
-    for (int i = 0; i < n; i++) {
-        x[i] = p[i];
+#endif
+
+/* Stored elements, W of them from anywhere: widened exactly, rounded to nearest even. */
+#if defined(FC_BF16)
+typedef uint16_t vec_stored __attribute__((vector_size(VEC_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t vec_unsigned __attribute__((vector_size(VEC_BYTES)));
+INLINE vec v_load_elems(const elem *p) {
+    return (vec)(__builtin_convertvector(*(const vec_stored *)p, vec_unsigned) << 16);
+}
+INLINE void v_store_elems(elem *p, vec x) {
+    const vec_unsigned bits = (vec_unsigned)x, is_nan = (vec_unsigned)(x != x);
+    const vec_unsigned rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+    const vec_unsigned either = ((quiet & is_nan) | (rounded & ~is_nan)) >> 16;
+    *(vec_stored *)p = __builtin_convertvector(either, vec_stored);
+}
+#elif defined(FC_F16) && defined(FC_AVX512)
+INLINE vec v_load_elems(const elem *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+INLINE void v_store_elems(elem *p, vec x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(FC_F16) && defined(FC_AVX2)
+INLINE vec v_load_elems(const elem *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+INLINE void v_store_elems(elem *p, vec x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(FC_F16) && defined(FC_NEON)
+INLINE vec v_load_elems(const elem *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE void v_store_elems(elem *p, vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+#elif defined(FC_F16)
+INLINE vec v_load_elems(const elem *p) {
+    vec x;
+    for (int i = 0; i < W; i++) {
+        const uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, rest = p[i] & 0x7fff;
+        uint32_t bits = rest << 13;
+        float wide;
+        memcpy(&wide, &bits, 4);
+        wide *= 0x1p112f; /* the difference of the biases, 127 - 15; subnormals become normal */
+        memcpy(&bits, &wide, 4);
+        bits |= sign | (rest >= 0x7c00 ? 0x7f800000 : 0) | (rest > 0x7c00 ? 0x400000 : 0);
+        memcpy(&wide, &bits, 4);
+        x[i] = wide;
     }
     return x;
 }
-INLINE void v_store_n(elem *p, vec x, int n) {
-    for (int i = 0; i < n; i++) {
-        p[i] = x[i];
+INLINE void v_store_elems(elem *p, vec x) {
+    for (int i = 0; i < W; i++) {
+        /* a ulp of 1/2 is the f16 subnormal: adding it rounds to nearest even */
+        const float wide = x[i], small = fabsf(wide) + 0.5f;
+        uint32_t bits, units, half;
+        memcpy(&bits, &wide, 4);
+        memcpy(&units, &small, 4);
+        const uint32_t sign = bits >> 16 & 0x8000;
+        bits &= 0x7fffffff;
+        if (bits > 0x7f800000) {
+            half = 0x7e00 | (bits >> 13 & 0x3ff);
+        } else if (bits >= 0x477ff000) {
+            half = 0x7c00;
+        } else if (bits < 0x38800000) {
+            half = units - 0x3f000000;
+        } else {
+            half = (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13;
+        }
+        p[i] = (elem)(sign | half);
     }
 }
+#else
+INLINE vec v_load_elems(const elem *p) { return v_load_unaligned(p); }
+INLINE void v_store_elems(elem *p, vec x) { v_store_unaligned(p, x); }
 #endif
+
+/* Edges: n of W elements, the rest 0; nothing beyond the n is touched. */
+INLINE vec v_load_elems_n(const elem *p, int n) {
+    elem edge[W] = {0};
+    for (int i = 0; i < n; i++) {
+        edge[i] = p[i];
+    }
+    return v_load_elems(edge);
+}
+INLINE void v_store_elems_n(elem *p, vec x, int n) {
+    elem edge[W];
+    v_store_elems(edge, x);
+    for (int i = 0; i < n; i++) {
+        p[i] = edge[i];
+    }
+}
 
 /* One rounding where the instruction set has FMA: the scalar twin of v_fma. */
 INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b, c) : a * b + c; }
@@ -168,3 +242,10 @@ INLINE void v_transpose(vec x[W]) {
         }
     }
 }
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+#define TABLE_(what, dtype, isa) what##_##dtype##_##isa
+#define TABLE(what, dtype, isa) TABLE_(what, dtype, isa)
+
+#endif

@@ -307,6 +307,7 @@ static const struct how ways[] = {
 static void attend_strip(const struct fc_kernels *kernels, const struct problem *p,
                          const struct how *how, struct fc_strip *strip, const int64_t *ends,
                          const char *k, ptrdiff_t ldk, const char *v, ptrdiff_t ldv_rows) {
+    const struct fc_storage *stored = fc_find_storage(kernels->dtype, kernels->isa);
     const int64_t key_end = ends[strip->nq - 1];
     struct fc_strip part = *strip;
     part.m = strip->m0, part.l = strip->l0;
@@ -319,12 +320,12 @@ static void attend_strip(const struct fc_kernels *kernels, const struct problem 
         ptrdiff_t ld_k = ldk, ldv = ldv_rows, panel = kernels->panel;
         if (how->stage) {
             char *staged = place(AREA_STAGED_K, (size_t)n * p->d * p->size, 0);
-            kernels->stage_rows(staged, k_tile, ldk, n, p->d);
+            stored->stage_rows(staged, k_tile, ldk, n, p->d);
             k_tile = staged, ld_k = p->d;
             const int whole = (p->dv - 1) / kernels->panel, tail = p->dv - whole * kernels->panel;
             staged = place(AREA_STAGED_V,
                            ((size_t)(whole * n + n - 1) * kernels->panel + tail) * p->size, 0);
-            kernels->stage_panels(staged, v_tile, ldv_rows, n, p->dv);
+            stored->stage_panels(staged, v_tile, ldv_rows, n, p->dv);
             v_tile = staged, ldv = kernels->panel, panel = (ptrdiff_t)n * kernels->panel;
         }
         part = *strip;
@@ -350,6 +351,7 @@ static void attend_strip(const struct fc_kernels *kernels, const struct problem 
 /* Rows first .. first + count - 1 into dense out [rows][dv] and lse [rows] (or NULL). */
 static void attend(const struct fc_kernels *kernels, const struct problem *p, const struct how *how,
                    int first, int count, char *out, char *lse) {
+    const struct fc_storage *stored = fc_find_storage(kernels->dtype, kernels->isa);
     const int size = p->size, lanes = kernels->lanes;
     const int keys = (int)p->ends[first + count - 1]; /* further ones cannot even be read */
     const ptrdiff_t ldq = p->d + how->gap, ldk = p->d + how->gap, ldv = p->dv + how->gap;
@@ -397,9 +399,9 @@ static void attend(const struct fc_kernels *kernels, const struct problem *p, co
                 lse_at[i] = lse_rows + r * ldl * size;
             }
         }
-        kernels->pack(&strip, q_at, p->scale);
+        stored->pack(&strip, q_at, p->scale);
         attend_strip(kernels, p, how, &strip, ends, k, ldk, v, ldv);
-        kernels->finish(&strip, out_at, lse ? lse_at : NULL);
+        stored->finish(&strip, out_at, lse ? lse_at : NULL);
         release(&scratch);
         row += strip.nq;
     }
@@ -833,8 +835,8 @@ static void check_see(const struct target *t) {
     check(right, "see: wrong number of keys");
 }
 
-/* A state that has seen nothing changes no bit of another one, on either side of a merge, whatever
- * the memory of its o holds. */
+/* A state that has seen nothing changes no bit of another one, on either side of a merge; a NaN
+ * without weight (a value that was seen, with a score of -inf) goes on. */
 static void check_merge(const struct target *t) {
     const struct fc_kernels *kernels = t->kernels;
     const int size = kernels->real_size, dv = 5;
@@ -853,6 +855,11 @@ static void check_merge(const struct target *t) {
         int right = 1;
         for (int i = 0; i < lanes; i++) {
             right &= get(m, i, size) == -INFINITY && get(l, i, size) == 0;
+            for (int column = 0; column < dv; column++) {
+                put(o, column * lanes + i, size, 0);
+                put(o0, column * lanes + i, size, 0);
+            }
+            put(i % 3 == 1 ? o0 : o, 2 * lanes + i, size, NAN);
             if (i % 3) { /* one lane in three is empty twice */
                 put(i % 3 == 1 ? m : m0, i, size, 10 - i);
                 put(i % 3 == 1 ? l : l0, i, size, 1 + i);
@@ -867,7 +874,11 @@ static void check_merge(const struct target *t) {
             right &= get(l0, i, size) == (i % 3 ? 1 + i : 0);
             for (int column = 0; i % 3 && column < dv; column++) {
                 const double got = get(o0, column * lanes + i, size);
-                right &= got == (column ? 1.25 * i : 0) && (column || signbit(got));
+                if (column == 2) {
+                    right &= isnan(got);
+                } else {
+                    right &= got == (column ? 1.25 * i : 0) && (column || signbit(got));
+                }
             }
         }
         check(right, "merge with an empty state, %d vectors", nv);
@@ -1075,7 +1086,7 @@ static void check_dtype(const char *dtype, const char *const *isas, int show_bit
     int count = 0;
     for (; isas[count]; count++) {
         struct target *t = &targets[count];
-        t->kernels = fc_find(dtype, isas[count]);
+        t->kernels = fc_find_kernels(dtype, isas[count]);
         if (!t->kernels) {
             fprintf(stderr, "kernels_test: no %s kernels for %s here\n", dtype, isas[count]);
             exit(2);

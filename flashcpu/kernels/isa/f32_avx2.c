@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define FC_REAL 32
 #define FC_AVX2
 #define FC_DTYPE f32

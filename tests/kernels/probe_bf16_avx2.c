@@ -1,0 +1,2 @@
+#include "isa/bf16_avx2.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/bf16_avx512.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/bf16_neon.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/bf16_scalar.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/f16_avx2.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/f16_avx512.c"
+#include "probe.inc"

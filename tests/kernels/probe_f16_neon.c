@@ -1,0 +1,2 @@
+#include "isa/f16_neon.c"
+#include "probe.inc"

@@ -1,0 +1,2 @@
+#include "isa/f16_scalar.c"
+#include "probe.inc"
