@@ -5,17 +5,24 @@ SPAN: int
 STRIP_VECTORS: int
 COMPILER: str
 
+class Storage:
+    dtype: str
+    isa: str
+    def __init__(self, dtype: str, isa: str) -> None: ...
+
 class Kernels:
     dtype: str
     isa: str
     lanes: int
-    itemsize: int
+    rows_few: int
     def __init__(self, dtype: str, isa: str) -> None: ...
     def fma_rate(self, seconds: float) -> float: ...
     def read_bytes(self, buffer: Any, threads: int) -> None: ...
 
 def attend(
     kernels: Kernels,
+    rows: Storage,
+    stored: Storage,
     arrays: tuple[Any, ...],
     strides: tuple[int, ...],
     shape: tuple[int, ...],
@@ -26,7 +33,7 @@ def attend(
     stop: Any = None,
 ) -> None: ...
 def workspace_bytes(
-    kernels: Kernels, d: int, dv: int, tile: tuple[int, int, bool, bool]
+    kernels: Kernels, d: int, dv: int, tile: tuple[bool, int, int, bool, bool]
 ) -> int: ...
 def isas() -> list[str]: ...
 def omp_threads() -> int: ...

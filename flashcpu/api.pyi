@@ -4,6 +4,8 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+# float64, float32, float16, or the bfloat16 of ml_dtypes.
+Result: TypeAlias = NDArray[Any]
 Real: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 @overload
@@ -25,7 +27,7 @@ def attention(
     out: NDArray[Any] | None = None,
     threads: int | None = None,
     tiles: Sequence[int] | None = None,
-) -> Real: ...
+) -> Result: ...
 @overload
 def attention(
     q: ArrayLike,
@@ -45,4 +47,4 @@ def attention(
     out: NDArray[Any] | None = None,
     threads: int | None = None,
     tiles: Sequence[int] | None = None,
-) -> tuple[Real, Real]: ...
+) -> tuple[Result, Real]: ...

@@ -1,0 +1,441 @@
+"""`KVCache`: keys and values of positions already seen, kept for the queries still to come.
+
+Storage and no arithmetic: what is appended is laid down side by side, and `attention` reads it
+where it lies. Next: api.py.
+"""
+
+import operator
+
+import numpy as np
+
+from flashcpu import problem
+from flashcpu.api import attention
+
+STORED = ("float16", "bfloat16", "float32", "float64")
+ROUNDED = ("float16", "bfloat16")
+# Positions of the first memory: a block of the kernels. Short caches do not grow step by step.
+LEAST = 64
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, contiguous, each with a length of its own.
+
+    ``cache.append(k, v)``, then ``out = cache.attend(q)``: the last query stands at the last key.
+    However a sequence was cut into such steps, the bits are those of one causal prefill. Not safe
+    to use from several threads at once while one of them changes it.
+
+    Parameters
+    ----------
+    batch : int
+        B, the sequences.
+    heads : int
+        Hkv, the KV heads.
+    depth : int
+        D of the keys.
+    value_depth : int, optional
+        Dv of the values. Default: depth.
+    dtype : dtype
+        float32, float64, float16 or bfloat16 (that of ml_dtypes): how keys and values are stored.
+        `attend` takes what `attention` takes.
+    capacity : int, optional
+        Positions of a member that fit, for good. Default: as many as come; the memory grows.
+    window : int, optional
+        Only the last `window` positions of a member are attended, and older ones are dropped once
+        in a while: memory for at most twice the sum of the window and the largest append. A
+        capacity must then be at least twice the window.
+
+    Raises
+    ------
+    ValueError
+        For numbers below 1 and for a capacity below twice the window.
+    TypeError
+        For numbers that are no int, and for other dtypes.
+    MemoryError
+        If there is no memory for the capacity.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flashcpu import attention
+    >>> from flashcpu.kvcache import KVCache
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((1, 6, 100, 64), np.float32)
+    >>> k, v = rng.standard_normal((2, 1, 2, 100, 64), np.float32)  # 3 query heads share a KV head
+    >>> cache = KVCache(batch=1, heads=2, depth=64)
+    >>> cache.append(k[:, :, :98], v[:, :, :98])  # prefill
+    >>> steps = [cache.attend(q[:, :, :98])]
+    >>> for i in (98, 99):  # decode
+    ...     cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+    ...     steps.append(cache.attend(q[:, :, i : i + 1]))
+    >>> cache
+    KVCache(batch=1, heads=2, depth=64, value_depth=64, dtype=float32, lengths=[100], capacity=196)
+
+    The bits are those of one causal prefill:
+
+    >>> bool((np.concatenate(steps, axis=2) == attention(q, k, v, causal=True)).all())
+    True
+    """
+
+    def __init__(
+        self,
+        batch,
+        heads,
+        depth,
+        value_depth=None,
+        *,
+        dtype=np.float32,
+        capacity=None,
+        window=None,
+    ):
+        B, Hkv, D, Dv = (
+            problem.at_least_one(value, name)
+            for value, name in (
+                (batch, "batch"),
+                (heads, "heads"),
+                (depth, "depth"),
+                (depth if value_depth is None else value_depth, "value_depth"),
+            )
+        )
+        dtype = np.dtype(dtype).newbyteorder("=")
+        if dtype.name not in STORED:
+            raise TypeError(f"dtype must be one of {', '.join(STORED)}; got {dtype.name}")
+        self._fixed = capacity is not None
+        capacity = problem.at_least_one(capacity, "capacity") if self._fixed else 0
+        self._window = None if window is None else problem.at_least_one(window, "window")
+        # The last positions that a query can see; without a window, all.
+        self._reach = problem.FARTHEST if window is None else self._window
+        if self._fixed and window is not None and capacity < 2 * self._window:
+            raise ValueError(
+                f"capacity must be at least twice the window, or old positions would be dropped at "
+                f"every append; got capacity {capacity}, window {self._window}"
+            )
+        # Lists: for the few members of a batch faster than arrays.
+        self._lengths = [0] * B
+        self._start = [0] * B
+        self._k = _memory((B, Hkv, capacity, D), dtype)
+        self._v = _memory((B, Hkv, capacity, Dv), dtype)
+
+    # What is there
+
+    @property
+    def lengths(self):
+        """Positions of each member, int64 (B,), a copy. With a window, also those dropped."""
+        return np.array(self._lengths, np.int64)
+
+    @property
+    def start(self):
+        """The first position that each member still holds, int64 (B,), a copy. 0 if no window."""
+        return np.array(self._start, np.int64)
+
+    @property
+    def keys(self):
+        """Read-only view (B, Hkv, L, D), L = max(lengths - start): row i is position start + i.
+
+        What stands behind a member's last position may be anything. The view stays valid when the
+        cache grows, and is then no longer its memory.
+        """
+        return self._view(self._k)
+
+    @property
+    def values(self):
+        """Read-only view (B, Hkv, L, Dv), like `keys`."""
+        return self._view(self._v)
+
+    @property
+    def dtype(self):
+        """How keys and values are stored."""
+        return self._k.dtype
+
+    @property
+    def window(self):
+        """The last positions that are attended, or None for all."""
+        return self._window
+
+    @property
+    def capacity(self):
+        """Positions of a member for which there is memory now."""
+        return self._k.shape[2]
+
+    @property
+    def nbytes(self):
+        """Bytes of that memory; what was never written is usually not resident."""
+        return self._k.nbytes + self._v.nbytes
+
+    def __repr__(self):
+        B, Hkv, capacity, D = self._k.shape
+        lengths = np.array2string(self.lengths, separator=", ", threshold=8, edgeitems=2)
+        window = "" if self._window is None else f", window={self._window}"
+        return (
+            f"KVCache(batch={B}, heads={Hkv}, depth={D}, value_depth={self._v.shape[3]}, "
+            f"dtype={self.dtype.name}, lengths={lengths}, capacity={capacity}{window})"
+        )
+
+    # What changes it
+
+    def append(self, k, v, count=None):
+        """Store new positions behind those of each member. A failed append changes nothing.
+
+        Parameters
+        ----------
+        k : (B, Hkv, n, D) array
+            Keys, in the dtype of the cache; a 16-bit cache also takes float32 and rounds it to
+            nearest, ties to even (what is beyond float16 becomes infinite, with NumPy's warning).
+        v : (B, Hkv, n, Dv) array
+            Values, likewise.
+        count : int or (B,) integers, default n
+            How many of the n positions are real, for each member: the first ones. The others are
+            padding and are not stored. `attend` needs the same count for queries padded alike.
+
+        Raises
+        ------
+        ValueError
+            For shapes that do not fit, a count outside 0 to n, and more positions than a fixed
+            capacity holds.
+        TypeError
+            For other dtypes and for masked arrays.
+        MemoryError
+            If there is no memory to grow.
+        """
+        k, v = self._incoming(k, "k"), self._incoming(v, "v")
+        B, Hkv, _, D = self._k.shape
+        Dv = self._v.shape[3]
+        n = k.shape[2] if k.ndim == 4 else -1
+        if k.shape != (B, Hkv, n, D) or v.shape != (B, Hkv, n, Dv):
+            raise ValueError(
+                f"k and v must be (B, Hkv, n, D) = ({B}, {Hkv}, n, {D}) and (B, Hkv, n, Dv) = "
+                f"({B}, {Hkv}, n, {Dv}); got k {k.shape}, v {v.shape}"
+            )
+        counts = self._per_member(count, "count", n, n)
+        lengths = [length + real for length, real in zip(self._lengths, counts, strict=True)]
+        self._make_room(lengths)
+        ends = [length - start for length, start in zip(lengths, self._start, strict=True)]
+        for stored, new in ((self._k, k), (self._v, v)):
+            if _alike(ends) and _alike(counts):
+                stored[:, :, ends[0] - counts[0] : ends[0]] = new[:, :, : counts[0]]
+            else:
+                for b, (end, real) in enumerate(zip(ends, counts, strict=True)):
+                    stored[b, :, end - real : end] = new[b, :, :real]
+        self._lengths = lengths
+
+    def truncate(self, length):
+        """Keep the first `length` positions of each member, and forget those behind.
+
+        Parameters
+        ----------
+        length : int or (B,) integers
+            At most what is there. With a window, 0 or such that the window before it is still
+            held; what the last append added can always be forgotten.
+
+        Raises
+        ------
+        ValueError
+            For other lengths; the cache is unchanged.
+        TypeError
+            For what is no integer.
+        """
+        self._go_back(self._per_member(length, "length", max(self._lengths)))
+
+    def rewind(self, count):
+        """Forget the last `count` positions of each member, as after rejected speculation.
+
+        Parameters
+        ----------
+        count : int or (B,) integers
+            At most what is there; with a window, see `truncate`.
+
+        Raises
+        ------
+        ValueError
+            For other counts; the cache is unchanged.
+        TypeError
+            For what is no integer.
+        """
+        counts = self._per_member(count, "count", max(self._lengths))
+        self._go_back([n - back for n, back in zip(self._lengths, counts, strict=True)])
+
+    def clear(self):
+        """Forget all positions, and keep the memory."""
+        self._go_back([0] * len(self._lengths))
+
+    # What it is for
+
+    def attend(
+        self,
+        q,
+        *,
+        count=None,
+        causal=True,
+        scale=None,
+        return_lse=False,
+        out=None,
+        threads=None,
+        tiles=None,
+    ):
+        """`attention` of q and what is stored.
+
+        Parameters
+        ----------
+        q : (B, Hq, Lq, D) array
+            Queries; Hq a multiple of Hkv.
+        count : int or (B,) integers, default Lq
+            How many of the Lq queries are real, for each member: the first ones, as in `append`.
+            The last real query stands at the member's last position. Rows behind are padding:
+            they are written and mean nothing.
+        causal : bool, default True
+            A query sees the keys up to its position. False: all that are stored.
+        scale, return_lse, out, threads, tiles
+            As in `attention`.
+
+        Returns
+        -------
+        out : (B, Hq, Lq, Dv) array, of the dtype of q
+        lse : (B, Hq, Lq) array
+            Only with return_lse. Without causal a member that has no position gives out = 0 and
+            lse = -inf, as in `attention`.
+
+        Raises
+        ------
+        ValueError
+            For shapes that do not fit, and for real causal queries that would stand before a
+            member's first position: append comes first.
+        NotImplementedError
+            For more than one causal query when the window hides keys: each would see other keys,
+            and `attention` has no window yet. And for what `attention` does not do yet.
+        """
+        q = np.asanyarray(q)
+        B, _, _, D = self._k.shape
+        if q.ndim != 4 or q.shape[0] != B or q.shape[3] != D:
+            raise ValueError(f"q must be (B, Hq, Lq, D) = ({B}, Hq, Lq, {D}), got {q.shape}")
+        Lq = q.shape[2]
+        counts = self._per_member(count, "count", Lq, Lq)
+        seen = [min(length, self._reach) for length in self._lengths]
+        if causal and Lq > 1 and seen != self._lengths:
+            raise NotImplementedError(
+                f"{Lq} causal queries with window {self._window} at lengths {self._lengths}: each "
+                f"sees other keys, and attention has no window yet; attend one query at a time"
+            )
+        before = [keys - real for keys, real in zip(seen, counts, strict=True)]
+        if causal and min(before) < 0:
+            b = before.index(min(before))
+            raise ValueError(
+                f"member {b} has {seen[b]} positions, fewer than its {counts[b]} causal queries: "
+                f"append their keys first, or pass count"
+            )
+        # Rows before those that are seen; without a window there are none.
+        hidden = [
+            length - start - keys
+            for length, start, keys in zip(self._lengths, self._start, seen, strict=True)
+        ]
+        options = {"causal": causal, "scale": scale, "threads": threads, "tiles": tiles}
+        if _alike(hidden):
+            # All the memory and kv_len, not a view of what is held: the same shapes at every step,
+            # for which `attention` remembers what it checked.
+            return attention(
+                q,
+                self._k[:, :, hidden[0] :],
+                self._v[:, :, hidden[0] :],
+                kv_len=seen[0] if _alike(seen) else seen,
+                q_start=before[0] if _alike(before) else before,
+                return_lse=return_lse,
+                out=out,
+                **options,
+            )
+        # Windows that begin at different rows, one member at a time: attention hides keys only at
+        # the end. Here is one query or no causal: q_start is its default.
+        parts = [
+            attention(
+                q[b : b + 1],
+                self._k[b : b + 1, :, hidden[b] :],
+                self._v[b : b + 1, :, hidden[b] :],
+                kv_len=seen[b],
+                return_lse=True,
+                **options,
+            )
+            for b in range(B)
+        ]
+        outs, lses = zip(*parts, strict=True)
+        out = np.concatenate(outs, out=out, casting="no")
+        return (out, np.concatenate(lses)) if return_lse else out
+
+    def _incoming(self, array, name):
+        """An array to store: checked for its dtype, and apart from the cache's own memory."""
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array; pass its data, and count")
+        array = np.asarray(array)
+        dtype = array.dtype.newbyteorder("=")
+        if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):
+            raise TypeError(f"{name} has dtype {array.dtype}, the cache stores {self.dtype}")
+        if np.may_share_memory(array, self._k) or np.may_share_memory(array, self._v):
+            return array.copy()
+        return array
+
+    def _make_room(self, lengths):
+        """Memory for these lengths: what there is, or new, with everything that is to be kept.
+
+        Old memory is never moved in, so that views of it stay what they were. New memory is for
+        twice what is needed: over all growth less than one copy a position, and an append after a
+        prefill finds room; the spare half is usually not resident before it is written. The same
+        rule makes a window's trimming rare: once in as many positions as it keeps.
+        """
+        if max(map(operator.sub, lengths, self._start)) <= self.capacity:
+            return
+        # The window as it was before this append: its first new query sees that, and so all of the
+        # append can be rewound.
+        start = [max(s, n - self._reach) for s, n in zip(self._start, self._lengths, strict=True)]
+        needs = list(map(operator.sub, lengths, start))
+        need = max(needs)
+        if self._fixed and need > self.capacity:
+            b = needs.index(need)
+            raise ValueError(
+                f"member {b} has length {self._lengths[b]} and would have {lengths[b]}: {need} "
+                f"positions to hold, beyond the capacity {self.capacity}"
+            )
+        B, Hkv, _, D = self._k.shape
+        capacity = self.capacity if self._fixed else max(LEAST, 2 * need)
+        k = _memory((B, Hkv, capacity, D), self.dtype)
+        v = _memory((B, Hkv, capacity, self._v.shape[3]), self.dtype)
+        for new, old in ((k, self._k), (v, self._v)):
+            for b, (kept, held, length) in enumerate(
+                zip(start, self._start, self._lengths, strict=True)
+            ):
+                new[b, :, : length - kept] = old[b, :, kept - held : length - held]
+        self._k, self._v, self._start = k, v, start
+
+    def _go_back(self, lengths):
+        """Set the lengths to smaller ones, if all that their windows see is there."""
+        for b, (length, now, start) in enumerate(
+            zip(lengths, self._lengths, self._start, strict=True)
+        ):
+            if not 0 <= length <= now:
+                raise ValueError(f"member {b} has {now} positions, it cannot go back to {length}")
+            if length and max(0, length - self._reach) < start:
+                raise ValueError(
+                    f"member {b} cannot go back to {length} positions: the window before them "
+                    f"begins at {length - self._window}, and what is before {start} was dropped"
+                )
+        self._start = [s if length else 0 for s, length in zip(self._start, lengths, strict=True)]
+        self._lengths = lengths
+
+    def _per_member(self, value, name, most, default=None):
+        """value as a list of one int a member."""
+        if value is None and default is None:
+            raise TypeError(f"{name} must be an int or integers, one a batch member, got None")
+        B = len(self._lengths)
+        value = problem.per_member(value, name, (B,), default, 0, most)
+        return [value] * B if isinstance(value, int) else value.tolist()
+
+    def _view(self, stored):
+        view = stored[:, :, : max(map(operator.sub, self._lengths, self._start))]
+        view.flags.writeable = False
+        return view
+
+
+def _memory(shape, dtype):
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError):  # ValueError: larger than an address
+        raise MemoryError(f"no memory for a KV cache of shape {shape}, {dtype}") from None
+
+
+def _alike(numbers):
+    return min(numbers) == max(numbers)

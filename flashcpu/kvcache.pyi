@@ -1,0 +1,63 @@
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+class KVCache:
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        depth: int,
+        value_depth: int | None = None,
+        *,
+        dtype: DTypeLike = ...,
+        capacity: int | None = None,
+        window: int | None = None,
+    ) -> None: ...
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def start(self) -> NDArray[np.int64]: ...
+    @property
+    def keys(self) -> NDArray[Any]: ...
+    @property
+    def values(self) -> NDArray[Any]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def append(self, k: ArrayLike, v: ArrayLike, count: ArrayLike | None = None) -> None: ...
+    def truncate(self, length: ArrayLike) -> None: ...
+    def rewind(self, count: ArrayLike) -> None: ...
+    def clear(self) -> None: ...
+    @overload
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        count: ArrayLike | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        return_lse: Literal[False] = False,
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+        tiles: tuple[int, int] | None = None,
+    ) -> NDArray[Any]: ...
+    @overload
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        count: ArrayLike | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        return_lse: Literal[True],
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+        tiles: tuple[int, int] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
