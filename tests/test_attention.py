@@ -412,31 +412,7 @@ def test_what_lies_behind_kv_len_never_leaks(kv_len, bad, dtype, rng):
             assert_same_bits(actual, expected)
 
 
-POSITIONS = [
-    0,
-    1,
-    2,
-    7,
-    8,
-    15,
-    16,
-    23,
-    24,
-    47,
-    48,
-    63,
-    64,
-    65,
-    96,
-    127,
-    128,
-    191,
-    192,
-    255,
-    256,
-    257,
-    289,
-]
+POSITIONS = [*range(0, 290, 24), 1, 2, 7, 8, 15, 16, 23, 47, 63, 64, 65, 127, 128, 255, 256, 257]
 
 
 @both_dtypes
@@ -481,6 +457,21 @@ def test_a_nan_in_an_early_span_is_not_lost_in_the_merge(Lkv, dtype, rng):
         k_bad[j, 0] = NAN
         v_bad[j, 0] = NAN
         assert np.isnan(attention(q, k_bad, v)).all()
+        out = attention(q, k, v_bad)
+        assert np.isnan(out[:, 0]).all()
+        assert_same_bits(out[:, 1:], attention(q, k, v)[:, 1:])
+
+
+@both_dtypes
+@pytest.mark.parametrize("hidden", [slice(0, 40), slice(0, 256), slice(0, 300), slice(290, 600)])
+def test_a_weight_of_zero_does_not_hide_a_nan(hidden, dtype, rng):
+    """The score of such a key is -inf; other keys of the row have one, in the same span or not."""
+    q, k, v = normal(rng, (5, 8), (600, 8), (600, 3), dtype=dtype)
+    q = np.abs(q)
+    k[hidden, 0] = -INF
+    for j in (hidden.start, hidden.stop - 1):
+        v_bad = v.copy()
+        v_bad[j, 0] = NAN
         out = attention(q, k, v_bad)
         assert np.isnan(out[:, 0]).all()
         assert_same_bits(out[:, 1:], attention(q, k, v)[:, 1:])
