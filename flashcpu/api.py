@@ -1,14 +1,11 @@
 """`attention`: check (problem.py), plan (plan.py), run (_engine.pyx)."""
 
-import math
 from functools import partial
 
 import numpy as np
 
 from flashcpu import _engine, machine, plan, problem
 from flashcpu import threads as threading_
-
-LOG2_E = math.log2(math.e)
 
 
 def attention(
@@ -103,7 +100,8 @@ def attention(
 
     Notes
     -----
-    NaN in a key or value reaches the rows that see it, and no others; a score of +inf gives NaN.
+    NaN in a key or value reaches the rows that see it, and no others; a score of +inf gives NaN. A
+    row whose scores are all -inf counts as one that sees no key.
     Weights below 2**-126 (float64: 2**-1022) of the row's largest count as 0.
 
     References
@@ -146,6 +144,9 @@ def attention(
         result = np.empty(asked.out_shape, q.dtype)
     lse = np.empty(asked.lse_shape, asked.lse_dtype) if return_lse else None
 
+    if 0 in asked.lse_shape:
+        return (result, lse) if return_lse else result
+
     isa = machine.isa()
     kernels, lanes = machine.kernels(asked.real, isa)
     strides = asked.result_strides(result.strides)
@@ -160,7 +161,7 @@ def attention(
         (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
         (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),
         cut,
-        asked.scale * LOG2_E,
+        asked.scale * problem.LOG2_E,
         asked.causal,
         threads,
     )

@@ -207,6 +207,8 @@ class KVCache:
             )
         counts = self._per_member(count, "count", n, n)
         lengths = [length + real for length, real in zip(self._lengths, counts, strict=True)]
+        # What can fail comes before what changes: rounding may raise under np.errstate.
+        k, v = k.astype(self._k.dtype, copy=False), v.astype(self._v.dtype, copy=False)
         self._make_room(lengths)
         ends = [length - start for length, start in zip(lengths, self._start, strict=True)]
         for stored, new in ((self._k, k), (self._v, v)):

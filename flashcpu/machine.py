@@ -33,7 +33,10 @@ def isa():
 
 @contextlib.contextmanager
 def use_isa(name):
-    """Use another instruction set inside a with block, in every thread of the process."""
+    """Use another instruction set inside a with block, in every thread of the process.
+
+    For tests and benchmarks: blocks of several threads must not overlap.
+    """
     global _isa
     if name not in ISAS:
         raise ValueError(f"no instruction set {name!r}, this CPU and build have {', '.join(ISAS)}")

@@ -26,6 +26,9 @@ SMALL = 2_500_000
 # Items to cut at least, if there are rows for it, so that the last one never keeps a thread alone
 # for long. A number of its own, not one of the thread count: a plan serves any.
 ITEMS = 32
+# Query rows (100 more for each KV head) up to which a plan is remembered: where planning would be
+# felt. So no more than about 256 plans of 30 KB are kept, whatever is computed.
+REMEMBERED = 20_000
 # A K row stride that is a multiple of a page puts all rows of a register tile into one L1 set.
 PAGE = 4096
 
@@ -59,9 +62,10 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     out_strides are those of the result, (lead ..., head, row) in bytes; kv_len and q_start are ints
     or int64 arrays, one a member (q_start may be None); tiles is None or (Tq, Tk).
     """
-    if type(kv_len) is int and not isinstance(q_start, np.ndarray):
-        return _cut_alike(problem, lanes, out_strides, kv_len, q_start, tiles)
-    return _cut(problem, lanes, out_strides, kv_len, q_start, tiles)
+    alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
+    small = math.prod(problem.lead) * problem.Hkv * (problem.Lq * problem.group + 100) < REMEMBERED
+    make = _cut_remembered if alike and small else _cut
+    return make(problem, lanes, out_strides, kv_len, q_start, tiles)
 
 
 def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
@@ -71,6 +75,8 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     items = _items(problem, lanes, members, rows, strips)
     work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
     few = rows <= lanes.few
+    for table in (members, items):
+        table.setflags(write=False)
     return Plan(
         few=few,
         strips=strips,
@@ -83,7 +89,7 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     )
 
 
-_cut_alike = lru_cache(maxsize=512)(_cut)
+_cut_remembered = lru_cache(maxsize=256)(_cut)
 
 
 def _staged(problem, row_stride):

@@ -14,6 +14,9 @@ import numpy as np
 
 # The largest number a position or a length may be, so that sums of three of them fit 64 bits.
 FARTHEST = 2**60
+# The kernels compute 2^(scale log2(e) q.k), and multiply q by both.
+LOG2_E = math.log2(math.e)
+LARGEST = {"f32": float(np.finfo(np.float32).max), "f64": float(np.finfo(np.float64).max)}
 # The largest depth: lengths of rows are C ints in the kernels.
 DEEPEST = 2**24
 
@@ -90,7 +93,9 @@ def operand(array, name):
         if not dtype.isnative:
             return array.astype(dtype.newbyteorder("="), order="C")
     if not array.flags.aligned or (array.ndim and not unit_last_stride(array)):
-        return np.array(array, order="C")
+        # Broadcast axes stay so: one copy of what is there, not one of every repetition.
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-1])
+        return np.broadcast_to(np.array(array[once], order="C"), array.shape)
     return array
 
 
@@ -137,11 +142,16 @@ def describe(dtypes, shapes, strides, scale, causal):
     if max(math.prod((*lead, Hq, Lq, max(Dv, 1))), Lkv, D) > FARTHEST or max(D, Dv) > DEEPEST:
         raise ValueError(f"too large to be computed; {seen}")
 
+    real = "f64" if rows == "f64" else "f32"
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    if abs(scale) * LOG2_E > LARGEST[real]:
+        raise ValueError(f"scale is too large for the arithmetic in {real}, got {scale}")
+
     # The axes of the result are those that the caller used: 2-D, 3-D or with heads.
     rows_shape = (*lead, Hq, Lq) if rank > 3 else (*lead[3 - rank :], Lq)
     q_bytes, k_bytes, v_bytes = (stride for _, stride in axes)
     return Problem(
-        real="f64" if rows == "f64" else "f32",
+        real=real,
         rows=rows,
         stored=stored,
         lead=lead,
@@ -159,7 +169,7 @@ def describe(dtypes, shapes, strides, scale, causal):
         v_strides=v_bytes[-3:-1],
         out_shape=(*rows_shape, Dv),
         lse_shape=rows_shape,
-        scale=1 / math.sqrt(D) if scale is None else scale,
+        scale=scale,
         causal=causal,
     )
 
@@ -218,7 +228,7 @@ def per_member(value, name, lead, default, least, most):
             array = np.asarray(value)
         except ValueError:
             array = None
-        if array is None or array.dtype.kind not in "iu":
+        if array is None or (array.dtype.kind not in "iu" and array.size):
             raise TypeError(f"{name} must be an int or integers, one a batch member, got {value!r}")
         try:
             array = np.broadcast_to(array, lead)
@@ -260,7 +270,8 @@ def at_least_one(value, name):
     except TypeError:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
     if not 1 <= number <= FARTHEST:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+        bound = "at least 1" if number < 1 else f"at most {FARTHEST}"
+        raise ValueError(f"{name} must be {bound}, got {number}")
     return number
 
 
@@ -274,8 +285,12 @@ def output(out, problem, dtype):
         raise ValueError(f"out has shape {out.shape}, the result has {problem.out_shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
-        raise ValueError("out has elements that share memory (a stride of 0)")
+    extent = out.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
+        if n > 1 and out.size:
+            if stride < extent:
+                raise ValueError(f"out has elements that share memory (strides {out.strides})")
+            extent += (n - 1) * stride
     return out
 
 

@@ -1,5 +1,6 @@
 """How many threads a call may use, and how to use them in a process that was forked."""
 
+import contextlib
 import math
 import os
 import threading
@@ -34,18 +35,31 @@ def usable_cores():
 @cache
 def cgroup_quota():
     """Whole cores that the cgroup pays for, rounded up; very many where nothing limits them."""
-    unlimited = 1 << 30
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            first = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
-            quota, period = first, Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
-        except OSError:
-            return unlimited
-    if quota.strip() in ("max", "-1"):
-        return unlimited
-    return math.ceil(int(quota) / int(period))
+    fewest = 1 << 30
+    for folder in _cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            if quota.strip() not in ("max", "-1"):
+                fewest = min(fewest, math.ceil(int(quota) / int(period)))
+    return fewest
+
+
+def _cgroups():
+    """Folders of this process's cgroup and those around it, versions 2 and 1."""
+    roots = {"": Path("/sys/fs/cgroup"), "cpu": Path("/sys/fs/cgroup/cpu")}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                if controller in roots:
+                    inner = Path(path.lstrip("/"))
+                    for outer in (inner, *inner.parents):
+                        yield roots[controller] / outer
+    yield from roots.values()
 
 
 def limit(threads):

@@ -305,3 +305,28 @@ def test_a_refused_call_leaves_the_next_one_right():
     refused(TypeError, "causal", causal=1)
     refused(ValueError, "kv_len", kv_len=8)
     np.testing.assert_array_equal(attention(Q, K, V), expected)
+
+
+def test_a_scale_beyond_the_arithmetic():
+    """float32 has no 1e39: it would be an infinity, and NaN where a score is 0."""
+    refused(ValueError, "scale", scale=1e39)
+
+
+def test_an_out_whose_elements_share_memory():
+    memory = np.zeros(400, F32)
+    out = np.lib.stride_tricks.as_strided(memory, (2, 5, 3), (60, 8, 4))
+    with pytest.raises(ValueError, match="out has elements that share memory"):
+        attention(Q, K, V, out=out)
+
+
+def test_an_empty_result_takes_no_memory_however_large_the_batch():
+    q = np.broadcast_to(F32(1), (2**40, 1, 0, 4))
+    k = v = np.broadcast_to(F32(1), (2**40, 1, 2, 4))
+    assert attention(q, k, v).shape == (2**40, 1, 0, 4)
+
+
+def test_broadcast_axes_are_not_repeated_by_a_copy():
+    """A copy is needed for the last axis; 2**33 repetitions of it would not fit."""
+    k = np.broadcast_to(np.ones((8, 7), F32).T, (2**33, 7, 8))
+    q = np.broadcast_to(Q[0, :0], (2**33, 0, 8))
+    assert attention(q, k, k).shape == (2**33, 0, 8)

@@ -1,8 +1,10 @@
-/* What the loop in _engine.pyx may ask of an instruction set: one table of functions for each
- * (dtype, instruction set). Plain C, no SIMD here; the functions are written once, in tile.inc.
+/* What the loop in _engine.pyx may ask of an instruction set: the arithmetic of a real type
+ * (tile.inc) and the storage of a dtype (storage.inc; with few query rows, decode.inc). Plain C, no
+ * SIMD here; the functions are written once, and compiled for each instruction set in isa/.
  *
- * A strip is up to 3 vectors of query rows, one row in a lane. A tile is a run of keys inside one
- * span. Both lengths below are part of the contract: they fix the order of every rounding. */
+ * A strip is up to 3 vectors of query rows, one row in a lane; with few rows decode.inc has a
+ * layout of its own. A tile is a run of keys inside one span. Both lengths below are part of the
+ * contract: they fix the order of every rounding. */
 #ifndef FLASHCPU_KERNELS_H
 #define FLASHCPU_KERNELS_H
 
@@ -24,7 +26,8 @@
 #define FC_ALIGN 64
 
 /* One strip: its packed queries, the state of its streaming softmax, the scores of one tile.
- * Row strides are nv * lanes elements of the real type. */
+ * Row strides are nv * lanes elements of the real type; decode.inc lays out qt, s and o otherwise.
+ */
 struct fc_strip {
     int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */

@@ -1,5 +1,5 @@
-/* The vector vocabulary of tile.inc, storage.inc and decode.inc. The only file with #if on the
- * instruction set and the type.
+/* The vector vocabulary of tile.inc, storage.inc and decode.inc. The only file that knows
+ * an instruction set; constants of a type are also in exp2.h.
  *
  * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64, FC_F16 or FC_BF16 if numbers are stored
  * so, and one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR. Every type here is a GCC vector type, so
