@@ -14,6 +14,8 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 INF, NAN = float("inf"), float("nan")
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
+# Up to 8 query rows of a KV head have kernels of their own.
+few_or_many = pytest.mark.parametrize("Lq", [3, 50], ids=["few rows", "many rows"])
 
 # Around the widths of vectors, register tiles, panels, strips.
 WIDTHS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 80, 100, 128, 256, 512]
@@ -47,14 +49,16 @@ LONG = [
 
 @both_dtypes
 @pytest.mark.parametrize("D", WIDTHS)
-def test_queries_and_keys_of_any_depth(D, dtype, rng):
-    assert_right(*normal(rng, (1, 2, 50, D), (1, 2, 70, D), (1, 2, 70, 5), dtype=dtype))
+@few_or_many
+def test_queries_and_keys_of_any_depth(Lq, D, dtype, rng):
+    assert_right(*normal(rng, (1, 2, Lq, D), (1, 2, 70, D), (1, 2, 70, 5), dtype=dtype))
 
 
 @both_dtypes
 @pytest.mark.parametrize("Dv", WIDTHS)
-def test_values_of_any_width(Dv, dtype, rng):
-    assert_right(*normal(rng, (1, 2, 50, 5), (1, 2, 70, 5), (1, 2, 70, Dv), dtype=dtype))
+@few_or_many
+def test_values_of_any_width(Lq, Dv, dtype, rng):
+    assert_right(*normal(rng, (1, 2, Lq, 5), (1, 2, 70, 5), (1, 2, 70, Dv), dtype=dtype))
 
 
 @both_dtypes
@@ -355,15 +359,16 @@ OUTS = {
 @both_dtypes
 @pytest.mark.parametrize("Dv", [1, 5])
 @pytest.mark.parametrize("layout", OUTS)
-def test_nothing_outside_out_is_written(layout, Dv, dtype, rng):
-    q, k, v = normal(rng, (2, 4, 50, 8), (2, 2, 70, 8), (2, 2, 70, Dv), dtype=dtype)
+@few_or_many
+def test_nothing_outside_out_is_written(Lq, layout, Dv, dtype, rng):
+    q, k, v = normal(rng, (2, 4, Lq, 8), (2, 2, 70, 8), (2, 2, 70, Dv), dtype=dtype)
     room = rng.standard_normal((8, 60, 120, 12)).astype(dtype)
-    out = OUTS[layout](room)[..., :Dv]
+    out = OUTS[layout](room)[:, :, :Lq, :Dv]
     before = room.copy()
     attention(q, k, v, causal=True, out=out)
     expected = attention(q, k, v, causal=True)
     assert_same_bits(np.array(out), expected)
-    out[...] = OUTS[layout](before)[..., :Dv]
+    out[...] = OUTS[layout](before)[:, :, :Lq, :Dv]
     assert_same_bits(room, before)
 
 
@@ -399,8 +404,9 @@ def test_results_never_share_memory_with_each_other_or_with_inputs(rng):
 @both_dtypes
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 3e38])
 @pytest.mark.parametrize("kv_len", [0, 1, 15, 63, 64, 65, 255, 256, 300, [0, 77], [257, 128]])
-def test_what_lies_behind_kv_len_never_leaks(kv_len, bad, dtype, rng):
-    q, k, v = normal(rng, (2, 4, 50, 8), (2, 2, 310, 8), (2, 2, 310, 5), dtype=dtype)
+@few_or_many
+def test_what_lies_behind_kv_len_never_leaks(Lq, kv_len, bad, dtype, rng):
+    q, k, v = normal(rng, (2, 4, Lq, 8), (2, 2, 310, 8), (2, 2, 310, 5), dtype=dtype)
     k_bad, v_bad = k.copy(), v.copy()
     for member, keys in enumerate(np.broadcast_to(kv_len, 2)):
         k_bad[member, :, keys:] = v_bad[member, :, keys:] = bad
@@ -412,46 +418,52 @@ def test_what_lies_behind_kv_len_never_leaks(kv_len, bad, dtype, rng):
             assert_same_bits(actual, expected)
 
 
-POSITIONS = [*range(0, 290, 24), 1, 2, 7, 8, 15, 16, 23, 47, 63, 64, 65, 127, 128, 255, 256, 257]
+POSITIONS = [*range(0, 290, 24), 1, 2, 7, 15, 16, 47, 63, 64, 65, 127, 255, 256, 257, 287, 289]
+rows_of_the_end = pytest.mark.parametrize(
+    ("group", "Lq"), [(1, 290), (3, 290), (1, 4), (2, 3)], ids=str
+)
 
 
 @both_dtypes
-@pytest.mark.parametrize("group", [1, 3])
+@rows_of_the_end
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_value_reaches_the_rows_that_see_it_and_no_others(bad, group, dtype, rng):
-    q, k, v = normal(rng, (1, group, 290, 8), (1, 1, 290, 8), (1, 1, 290, 5), dtype=dtype)
+def test_a_value_reaches_the_rows_that_see_it_and_no_others(bad, group, Lq, dtype, rng):
+    q, k, v = normal(rng, (1, group, Lq, 8), (1, 1, 290, 8), (1, 1, 290, 5), dtype=dtype)
     clean = attention(q, k, v, causal=True)
     for j in POSITIONS:
+        first = max(j - (290 - Lq), 0)  # the first row that sees key j
         v_bad = v.copy()
         v_bad[0, 0, j, 3] = bad
         out = attention(q, k, v_bad, causal=True)
-        np.testing.assert_array_equal(out[:, :, j:, 3], bad)
-        out[:, :, j:, 3] = clean[:, :, j:, 3]
+        np.testing.assert_array_equal(out[:, :, first:, 3], bad)
+        out[:, :, first:, 3] = clean[:, :, first:, 3]
         assert_same_bits(out, clean)
 
 
 @both_dtypes
-@pytest.mark.parametrize("group", [1, 3])
+@rows_of_the_end
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_a_key_reaches_the_rows_that_see_it_and_no_others(bad, group, dtype, rng):
+def test_a_key_reaches_the_rows_that_see_it_and_no_others(bad, group, Lq, dtype, rng):
     """An infinite element gives a score of +inf or, beside another infinity, NaN: NaN both."""
-    q, k, v = normal(rng, (1, group, 290, 8), (1, 1, 290, 8), (1, 1, 290, 5), dtype=dtype)
+    q, k, v = normal(rng, (1, group, Lq, 8), (1, 1, 290, 8), (1, 1, 290, 5), dtype=dtype)
     q[..., 3] = np.abs(q[..., 3])
     clean, clean_lse = attention(q, k, v, causal=True, return_lse=True)
     for j in POSITIONS:
+        first = max(j - (290 - Lq), 0)
         k_bad = k.copy()
         k_bad[0, 0, j, 3] = bad
         out, lse = attention(q, k_bad, v, causal=True, return_lse=True)
-        assert np.isnan(out[:, :, j:]).all()
-        assert np.isnan(lse[:, :, j:]).all()
-        assert_same_bits(out[:, :, :j], clean[:, :, :j])
-        assert_same_bits(lse[:, :, :j], clean_lse[:, :, :j])
+        assert np.isnan(out[:, :, first:]).all()
+        assert np.isnan(lse[:, :, first:]).all()
+        assert_same_bits(out[:, :, :first], clean[:, :, :first])
+        assert_same_bits(lse[:, :, :first], clean_lse[:, :, :first])
 
 
 @both_dtypes
 @pytest.mark.parametrize("Lkv", [200, 256, 260, 1030])
-def test_a_nan_in_an_early_span_is_not_lost_in_the_merge(Lkv, dtype, rng):
-    q, k, v = normal(rng, (5, 8), (Lkv, 8), (Lkv, 3), dtype=dtype)
+@few_or_many
+def test_a_nan_in_an_early_span_is_not_lost_in_the_merge(Lq, Lkv, dtype, rng):
+    q, k, v = normal(rng, (Lq, 8), (Lkv, 8), (Lkv, 3), dtype=dtype)
     for j in (0, Lkv // 2, Lkv - 1):
         k_bad, v_bad = k.copy(), v.copy()
         k_bad[j, 0] = NAN
@@ -464,9 +476,10 @@ def test_a_nan_in_an_early_span_is_not_lost_in_the_merge(Lkv, dtype, rng):
 
 @both_dtypes
 @pytest.mark.parametrize("hidden", [slice(0, 40), slice(0, 256), slice(0, 300), slice(290, 600)])
-def test_a_weight_of_zero_does_not_hide_a_nan(hidden, dtype, rng):
+@few_or_many
+def test_a_weight_of_zero_does_not_hide_a_nan(Lq, hidden, dtype, rng):
     """The score of such a key is -inf; other keys of the row have one, in the same span or not."""
-    q, k, v = normal(rng, (5, 8), (600, 8), (600, 3), dtype=dtype)
+    q, k, v = normal(rng, (Lq, 8), (600, 8), (600, 3), dtype=dtype)
     q = np.abs(q)
     k[hidden, 0] = -INF
     for j in (hidden.start, hidden.stop - 1):
@@ -479,10 +492,11 @@ def test_a_weight_of_zero_does_not_hide_a_nan(hidden, dtype, rng):
 
 @both_dtypes
 @pytest.mark.parametrize("Lkv", [*range(1, 20), 63, 64, 65])
-def test_a_query_of_nan_gives_a_row_of_nan_at_every_length(Lkv, dtype, rng):
-    q, k, v = normal(rng, (50, 8), (Lkv, 8), (Lkv, 5), dtype=dtype)
+@few_or_many
+def test_a_query_of_nan_gives_a_row_of_nan_at_every_length(Lq, Lkv, dtype, rng):
+    q, k, v = normal(rng, (Lq, 8), (Lkv, 8), (Lkv, 5), dtype=dtype)
     clean = attention(q, k, v)
-    for row in (0, 15, 16, 49):
+    for row in (0, Lq // 3, Lq - 1):
         q_bad = q.copy()
         q_bad[row] = NAN
         out, lse = attention(q_bad, k, v, return_lse=True)
@@ -505,10 +519,11 @@ def test_nan_and_infinity_stand_where_the_oracle_has_them(which, bad, dtype, rng
 
 
 @both_dtypes
-def test_a_score_of_plus_infinity_gives_nan(dtype):
+@few_or_many
+def test_a_score_of_plus_infinity_gives_nan(Lq, dtype):
     tiny, huge = np.finfo(dtype).smallest_normal, np.finfo(dtype).max
     for one, other in [(INF, 1.0), (huge, huge), (1.0, INF), (INF, tiny), (-INF, -INF)]:
-        q = np.full((20, 1), one, dtype)
+        q = np.full((Lq, 1), one, dtype)
         for j, Lkv in itertools.product((0, 69), (70, 300)):
             k, v = np.zeros((Lkv, 1), dtype), np.ones((Lkv, 2), dtype)
             k[:, 0] = np.copysign(tiny, -one)
@@ -520,22 +535,25 @@ def test_a_score_of_plus_infinity_gives_nan(dtype):
 
 @both_dtypes
 @pytest.mark.parametrize("Lkv", [1, 5, 64, 70, 1030])
-def test_a_row_of_only_minus_infinity_gives_zero(Lkv, dtype, rng):
-    q = np.array([[1.0], [-1.0], [2.0]], dtype)
+@few_or_many
+def test_a_row_of_only_minus_infinity_gives_zero(Lq, Lkv, dtype, rng):
+    q = np.ones((Lq, 1), dtype)
+    q[1::2] = -1
     k, v = np.full((Lkv, 1), -INF, dtype), rng.standard_normal((Lkv, 2)).astype(dtype)
     out, lse = attention(q, k, v, return_lse=True)
     np.testing.assert_array_equal(out[::2], 0)
     np.testing.assert_array_equal(lse[::2], -INF)
-    assert np.isnan(out[1]).all()  # there the scores are +inf
+    assert np.isnan(out[1::2]).all()  # there the scores are +inf
     v[0] = NAN  # no row takes part in any key
     np.testing.assert_array_equal(attention(q, k, v)[::2], 0)
 
 
 @both_dtypes
 @pytest.mark.parametrize("first", [0, 63, 64, 66, 254, 256, 1090])
-def test_keys_of_score_minus_infinity_add_nothing(first, dtype, rng):
+@few_or_many
+def test_keys_of_score_minus_infinity_add_nothing(Lq, first, dtype, rng):
     """Wherever the keys with a score stand, before, after and between blocks without one."""
-    q, k, v = normal(rng, (3, 1), (4, 1), (4, 2), dtype=dtype)
+    q, k, v = normal(rng, (Lq, 1), (4, 1), (4, 2), dtype=dtype)
     q = np.abs(q)
     k_among = np.full((1100, 1), -INF, dtype)
     v_among = rng.standard_normal((1100, 2)).astype(dtype)

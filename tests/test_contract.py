@@ -227,8 +227,9 @@ def test_a_mask_that_hides_nothing_is_none(dtype, rng):
 @both_dtypes
 @causal_or_not
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(layout, causal, dtype, rng):
-    shapes = (2, 4, 60, 20), (2, 2, 150, 20), (2, 2, 150, 37)
+@pytest.mark.parametrize("Lq", [2, 60])
+def test_any_layout(Lq, layout, causal, dtype, rng):
+    shapes = (2, 4, Lq, 20), (2, 2, 150, 20), (2, 2, 150, 37)
     arrays = normal(rng, *shapes, dtype=dtype)
     expected = both(*arrays, causal=causal)
     laid_out = [LAYOUTS[layout](x) for x in arrays]
@@ -309,6 +310,8 @@ def test_the_bits_are_those_of_the_rules(Lkv, D, Dv, spread, dtype, rng, isa):
     for q_start in (Lkv, max(Lkv - 20, 0), Lkv // 2 - 10, -10):
         ends = np.clip(q_start + np.arange(20) + 1, 0, Lkv)
         out, lse = both(q, k, v, causal=True, q_start=q_start)
+        few, few_lse = both(q[:3], k, v, causal=True, q_start=q_start)
+        assert_same((few, few_lse), (out[:3], lse[:3]))
         expected, m, l = attention_by_the_rules(q, k, v, ends, fma)
         assert_same_bits(out, expected)
         with np.errstate(divide="ignore"):

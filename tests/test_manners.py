@@ -379,7 +379,8 @@ def test_nothing_beside_the_arrays_is_touched():
         page = mmap.PAGESIZE
         libc = ctypes.CDLL(None, use_errno=True)
         kept = []
-        SHAPES = [(1, 1, 1, 1), (17, 65, 5, 3), (50, 70, 17, 33), (49, 300, 64, 20)]
+        SHAPES = [(1, 1, 1, 1), (1, 70, 17, 33), (3, 300, 64, 20), (17, 65, 5, 3)]
+        SHAPES += [(50, 70, 17, 33), (49, 300, 64, 20)]
 
         def guarded(x, at_end):
             room = -(-max(x.nbytes, 1) // page) * page
