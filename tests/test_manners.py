@@ -4,6 +4,7 @@ What could hang, or needs a process of its own, runs as a script in another proc
 on its time.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -52,7 +53,15 @@ def process(script, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+
+
+def end(running):
+    """End the process, and its children: one that hangs would keep the pipes open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
 
 
 def run(script, timeout=60, **environment):
@@ -61,9 +70,9 @@ def run(script, timeout=60, **environment):
     try:
         out, err = running.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        running.kill()
-        running.communicate()
         pytest.fail(f"no end within {timeout} s")
+    finally:
+        end(running)
     assert running.returncode == 0, err
     return out.split()
 
@@ -83,7 +92,7 @@ def test_a_forked_child_computes_as_its_parent(used_before):
         parent_end, child_end = multiprocessing.Pipe()
         forked = multiprocessing.get_context("fork").Process(target=child, args=(child_end,))
         forked.start()
-        assert parent_end.poll(30), "the child hangs"
+        assert parent_end.poll(20), "the child hangs"
         print(*parent_end.recv(), small(2), small(1))
         forked.join()
         """
@@ -101,7 +110,7 @@ def test_a_child_of_a_child_and_its_threads_compute_too():
                 target=lambda: child_end.send(work())
             )
             child.start()
-            assert parent_end.poll(30), "the child hangs"
+            assert parent_end.poll(20), "the child hangs"
             answer = parent_end.recv()
             child.join()
             return answer
@@ -150,8 +159,7 @@ def ends_soon_after_a_signal(running):
         out, err = running.communicate(timeout=20)
         return time.monotonic() - start, out, err
     finally:
-        running.kill()
-        running.communicate()
+        end(running)
 
 
 @pytest.mark.parametrize("n", [1, 2])
