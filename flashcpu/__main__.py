@@ -89,9 +89,9 @@ def scratch_bytes(q, k, v):
         None,
         False,
     )
-    kernels, lanes = machine.kernels(asked.real, machine.isa())
+    kernels, lanes = machine.kernels(asked.rows, asked.stored, machine.isa())
     cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None)
-    return _engine.workspace_bytes(kernels, D, D, cut[:5]) * min(cut.threads, limit(None))
+    return _engine.workspace_bytes(kernels, D, D, cut[:6]) * min(cut.threads, limit(None))
 
 
 def compare():

@@ -9,9 +9,14 @@ of `keys`:
     K, V     keys x D elements each from L2, L3 or memory once a tile, from L2 once a strip more
     Qt, O    D x rows, stay in L2; a strip's share (12 KiB each at D = 64) passes through L1
     S        keys x strip, written and read in L1 or L2, never leaves
-    out      once an item
+    out      once a row
 
-Scratch belongs to the call: one workspace a thread, taken before the loop. Nothing is static.
+With few rows and many keys the keys of a row are cut into several items, whole spans each. An item
+streams its spans from nothing, each on its own, and their states wait for their turn: they are
+merged into the state of the row in the order of the keys, whichever thread had them.
+
+Scratch belongs to the call: one workspace a thread, and the states of rows that are cut, taken
+before the loop. Nothing is static.
 """
 
 from cython.parallel cimport prange, threadid
@@ -31,6 +36,27 @@ cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **at, size_t alignment, size_t size)
 
 
+cdef extern from "sched.h" nogil:
+    int sched_yield()
+
+
+cdef extern from *:
+    """
+    static inline int64_t fc_take(int64_t *next) {
+        return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    }
+    static inline int64_t fc_turn(const int64_t *turn) {
+        return __atomic_load_n(turn, __ATOMIC_ACQUIRE);
+    }
+    static inline void fc_pass_turn(int64_t *turn, int64_t key) {
+        __atomic_store_n(turn, key, __ATOMIC_RELEASE);
+    }
+    """
+    int64_t fc_take(int64_t *) nogil
+    int64_t fc_turn(const int64_t *) nogil
+    void fc_pass_turn(int64_t *, int64_t) nogil
+
+
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
 
@@ -43,7 +69,9 @@ cdef extern from "kernels/kernels.h" nogil:
         FC_ALIGN
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh
+        int nq, nv, d, dv, fresh, ahead
+        int64_t rows_left
+        double scale
         void *qt
         void *m
         void *l
@@ -54,19 +82,15 @@ cdef extern from "kernels/kernels.h" nogil:
         void *s
         void *alpha
         void *end
-        const char *soon
-        ptrdiff_t soon_stride
-        int soon_rows, soon_bytes
 
     struct fc_storage:
-        const char *dtype
         const char *isa
         int elem_size
-        void (*pack)(const fc_strip *, const void *const *, double) noexcept nogil
+        void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*stage_panels)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
-        void (*pack_few)(const fc_strip *, const void *const *, double) noexcept nogil
+        void (*pack_few)(const fc_strip *, const void *const *) noexcept nogil
         void (*scores_few)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*accumulate_few)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
                                int) noexcept nogil
@@ -75,7 +99,7 @@ cdef extern from "kernels/kernels.h" nogil:
     struct fc_kernels:
         const char *dtype
         const char *isa
-        int lanes, panel, real_size
+        int lanes, panel, step, real_size
         void (*start_span)(const fc_strip *) noexcept nogil
         void (*see)(const fc_strip *, const int64_t *, int64_t) noexcept nogil
         void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -90,8 +114,8 @@ cdef extern from "kernels/kernels.h" nogil:
         double (*read_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
-    const fc_kernels *fc_find_kernels(const char *dtype, const char *isa)
-    const fc_storage *fc_find_storage(const char *dtype, const char *isa)
+    const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
+    const fc_storage *fc_find_storage(const char *dtype, const char *arithmetic, const char *isa)
 
 
 cdef extern from *:
@@ -105,7 +129,7 @@ STRIP_VECTORS = FC_NV
 
 # Columns of the plan's two tables (plan.py names them alike).
 cdef enum:
-    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY1
+    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY0, ITEM_KEY1, ITEM_END, ITEM_CHAIN
 cdef enum:
     MEMBER_Q, MEMBER_K, MEMBER_V, MEMBER_OUT, MEMBER_KV_LEN, MEMBER_Q_START
 
@@ -113,32 +137,37 @@ cdef enum:
 cdef double SIGNAL_PERIOD = 0.05
 
 
+# How far ahead of use K and V are fetched where memory is the limit (decode.inc has the figures).
+cdef int AHEAD = 32 << 10
+
+
 cdef class Storage:
-    """How one dtype is read and written by one instruction set."""
+    """How one dtype is read and written for one arithmetic by one instruction set."""
 
     cdef const fc_storage *table
-    cdef readonly str dtype, isa
+    cdef readonly str isa
 
-    def __cinit__(self, str dtype, str isa):
-        self.table = fc_find_storage(dtype.encode(), isa.encode())
+    def __cinit__(self, str dtype, str arithmetic, str isa):
+        self.table = fc_find_storage(dtype.encode(), arithmetic.encode(), isa.encode())
         if self.table is NULL:
-            raise ValueError(f"no {dtype} storage for instruction set {isa!r} on this CPU")
-        self.dtype, self.isa = dtype, isa
+            raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
+        self.isa = self.table.isa.decode()
 
 
 cdef class Kernels:
-    """The arithmetic of one (real type, instruction set)."""
+    """One arithmetic of one instruction set."""
 
     cdef const fc_kernels *table
     cdef readonly str dtype, isa
-    cdef readonly int lanes, rows_few
+    cdef readonly int lanes, rows_few, step
 
     def __cinit__(self, str dtype, str isa):
         self.table = fc_find_kernels(dtype.encode(), isa.encode())
         if self.table is NULL:
-            raise ValueError(f"no {dtype} kernels for instruction set {isa!r} on this CPU")
-        self.dtype, self.isa = dtype, isa
-        self.lanes, self.rows_few = self.table.lanes, self.table.rows_few
+            raise ValueError(f"no {dtype} arithmetic on {isa!r}, or not on this CPU")
+        self.dtype, self.isa = dtype, self.table.isa.decode()
+        self.lanes, self.step = self.table.lanes, self.table.step
+        self.rows_few = self.table.rows_few
 
     def fma_rate(self, double seconds):
         """Flops a second of nothing but FMAs on one thread, over about `seconds`."""
@@ -163,7 +192,7 @@ cdef class Kernels:
 
 cdef struct Steps:
     # The kernels of one call: those of tile.inc for many query rows, of decode.inc for few.
-    void (*pack)(const fc_strip *, const void *const *, double) noexcept nogil
+    void (*pack)(const fc_strip *, const void *const *) noexcept nogil
     void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
     void (*softmax)(const fc_strip *, int, int) noexcept nogil
     void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
@@ -200,15 +229,19 @@ cdef struct Call:
     char *lse
     Py_ssize_t q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row, lse_head
     int64_t heads, group, lq
-    int d, dv, keys, strips, causal, stage_k, stage_v
+    int d, dv, keys, strips, spans, causal, stage_k, stage_v
     double scale
+    # Rows whose keys are cut: the state of each chain of items, and the key it has come to.
+    char *chains
+    int64_t *turns
+    int64_t *next_item
     # Where its threads meet: set when the call is to end early.
     int *stop
     void *handler_error
 
 
 cdef struct Workspace:
-    # One thread's scratch.
+    # One thread's scratch. A state is m, l and o of every strip, one after the other.
     fc_strip *strips
     int64_t *row_end
     const void **q_rows
@@ -216,6 +249,8 @@ cdef struct Workspace:
     void **lse_rows
     void *k
     void *v
+    char *merged  # the state of the rows
+    char *spans  # those of spans that were streamed and not yet merged
 
 
 cdef char *carve(char **at, Py_ssize_t size) noexcept nogil:
@@ -232,10 +267,29 @@ cdef Py_ssize_t bytes_for(const fc_kernels *kernels, Py_ssize_t length) noexcept
     return max(transposed, padded) * kernels.real_size
 
 
+cdef char *carve_state(const Call *call, char **at, void **m, void **l, void **o) noexcept nogil:
+    """The state of one strip."""
+    cdef Py_ssize_t rows = FC_NV * call.kernels.lanes * call.kernels.real_size
+    m[0] = carve(at, rows)
+    l[0] = carve(at, rows)
+    o[0] = carve(at, bytes_for(call.kernels, call.dv))
+    return at[0]
+
+
+cdef Py_ssize_t state_bytes(const Call *call) noexcept nogil:
+    """The state of all strips of an item."""
+    cdef char *at = NULL
+    cdef void *unplaced
+    cdef int i
+    for i in range(call.strips):
+        carve_state(call, &at, &unplaced, &unplaced, &unplaced)
+    return at - <char *>NULL
+
+
 cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept nogil:
     """Cut the workspace at `base` into its parts; with base NULL only count the bytes."""
     cdef const fc_kernels *kernels = call.kernels
-    cdef Py_ssize_t real = kernels.real_size
+    cdef Py_ssize_t real = kernels.real_size, step = kernels.step
     cdef Py_ssize_t lanes = FC_NV * kernels.lanes
     cdef Py_ssize_t blocks = (call.keys + FC_BLOCK - 1) // FC_BLOCK
     cdef char *at = base
@@ -246,25 +300,21 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     into.q_rows = <const void **>carve(&at, lanes * sizeof(void *))
     into.out_rows = <void **>carve(&at, lanes * sizeof(void *))
     into.lse_rows = <void **>carve(&at, lanes * sizeof(void *))
+    into.merged = carve(&at, state_bytes(call))
+    into.spans = carve(&at, call.spans * state_bytes(call))
     memset(&strip, 0, sizeof(fc_strip))
-    strip.d, strip.dv = call.d, call.dv
-    strip.s = carve(&at, call.keys * lanes * real)
+    strip.d, strip.dv, strip.scale = call.d, call.dv, call.scale
+    strip.s = carve(&at, bytes_for(kernels, blocks * FC_BLOCK))
     strip.alpha = carve(&at, blocks * lanes * real)
     strip.end = carve(&at, lanes * real)
     for i in range(call.strips):
-        strip.qt = carve(&at, bytes_for(kernels, call.d))
-        strip.m = carve(&at, lanes * real)
-        strip.l = carve(&at, lanes * real)
-        strip.o = carve(&at, bytes_for(kernels, call.dv))
-        strip.m0 = carve(&at, lanes * real)
-        strip.l0 = carve(&at, lanes * real)
-        strip.o0 = carve(&at, bytes_for(kernels, call.dv))
+        strip.qt = carve(&at, bytes_for(kernels, (call.d + step - 1) // step))
         if base is not NULL:
             into.strips[i] = strip
     if call.stage_k:
-        into.k = carve(&at, <Py_ssize_t>call.keys * call.d * real)
+        into.k = carve(&at, (<Py_ssize_t>call.keys * call.d + call.keys) * real)
     if call.stage_v:
-        into.v = carve(&at, <Py_ssize_t>call.keys * (call.dv + kernels.panel) * real)
+        into.v = carve(&at, (call.keys + step - 1) // step * (call.dv + kernels.panel) * real)
     return at - base
 
 
@@ -316,7 +366,7 @@ cdef int pack_rows(const Call *call, const int64_t *item, const int64_t *member,
     cdef const fc_kernels *kernels = call.kernels
     cdef int64_t row = item[ITEM_ROW0]
     cdef int64_t *ends
-    cdef int strips = 0, vectors
+    cdef int strips = 0, vectors, i
     cdef fc_strip *strip
     cdef fc_strip merged
     while row < item[ITEM_ROW1]:
@@ -330,14 +380,28 @@ cdef int pack_rows(const Call *call, const int64_t *item, const int64_t *member,
             strip.nv = 2 if vectors == 4 else min(vectors, FC_NV)
             strip.nq = <int>min(<int64_t>strip.nv * kernels.lanes, item[ITEM_ROW1] - row)
         find_rows(call, item, member, row, strip, work, ends)
-        call.steps.pack(strip, work.q_rows, call.scale)
-        # Nothing seen so far, and nothing at all when the rows see no key.
-        merged = strip[0]
-        merged.m, merged.l = strip.m0, strip.l0
-        kernels.start_span(&merged)
+        call.steps.pack(strip, work.q_rows)
         row += strip.nq
         strips += 1
+    place_states(call, work.merged, work, strips, True)
+    if item[ITEM_KEY0] == 0:
+        # Nothing seen so far, and nothing at all when the rows see no key.
+        for i in range(strips):
+            merged = work.strips[i]
+            merged.m, merged.l = merged.m0, merged.l0
+            kernels.start_span(&merged)
     return strips
+
+
+cdef void place_states(const Call *call, char *at, const Workspace *work, int strips,
+                       bint merged) noexcept nogil:
+    """Let the strips have their state at `at`: the merged one, or that of the span at hand."""
+    cdef int i
+    for i in range(strips):
+        if merged:
+            carve_state(call, &at, &work.strips[i].m0, &work.strips[i].l0, &work.strips[i].o0)
+        else:
+            carve_state(call, &at, &work.strips[i].m, &work.strips[i].l, &work.strips[i].o)
 
 
 cdef void finish_rows(const Call *call, const int64_t *item, const int64_t *member,
@@ -355,6 +419,35 @@ cdef void finish_rows(const Call *call, const int64_t *item, const int64_t *memb
         row += strip.nq
 
 
+cdef bint merge_spans(const Call *call, const int64_t *item, const Workspace *work, int strips,
+                      int64_t key, int waiting, bint last) noexcept nogil:
+    """Merge the `waiting` spans before `key`, if those before them are: tells whether they are now.
+
+    With `last` it waits for that; only the end of the call lets it go without.
+    """
+    cdef int64_t *turn
+    cdef int64_t start = (key - 1) // FC_SPAN * FC_SPAN - <int64_t>(waiting - 1) * FC_SPAN
+    cdef int turns = 0, span, i
+    cdef Py_ssize_t size = state_bytes(call)
+    cdef fc_strip *strip
+    if item[ITEM_CHAIN] >= 0 and item[ITEM_KEY0] > 0:
+        turn = &call.turns[item[ITEM_CHAIN]]
+        while fc_turn(turn) < item[ITEM_KEY0]:
+            if not last or call.stop[0]:
+                return False
+            turns += 1
+            if turns > 1000:
+                sched_yield()
+    for span in range(waiting):
+        place_states(call, work.spans + span * size, work, strips, False)
+        for i in range(strips):
+            strip = work.strips + i
+            if work.row_end[i * FC_NV * call.kernels.lanes + strip.nq - 1] > start:
+                call.steps.merge(strip)
+        start += FC_SPAN
+    return True
+
+
 cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member, char *scratch,
                       double *looked) noexcept nogil:
     """Stream the keys of one item past its query rows.
@@ -369,13 +462,16 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     cdef const void *k_tile
     cdef const void *v_tile
     cdef ptrdiff_t ldk, ldv, panel
-    cdef int64_t key = 0, span_end, end
+    cdef int64_t key = item[ITEM_KEY0], span_end, end
     cdef int64_t *ends
-    cdef int strips, nk, n, full, i
+    cdef int strips, nk, n, full, i, waiting = 0
+    cdef Py_ssize_t state = state_bytes(call)
     cdef fc_strip strip
     cdef Workspace work
 
     lay_out(call, scratch, &work)
+    if item[ITEM_CHAIN] >= 0:
+        work.merged = call.chains + item[ITEM_CHAIN] * state
     strips = pack_rows(call, item, member, &work)
     while key < item[ITEM_KEY1]:
         span_end = min((key // FC_SPAN + 1) * FC_SPAN, item[ITEM_KEY1])
@@ -384,10 +480,13 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
         v_tile, ldv, panel = v + key * call.v_row, call.v_row // stored.elem_size, kernels.panel
         if call.stage_k:
             stored.stage_rows(work.k, k_tile, ldk, nk, call.d)
-            k_tile, ldk = work.k, call.d
+            k_tile, ldk = work.k, (call.d + kernels.step - 1) // kernels.step * kernels.step
         if call.stage_v:
             stored.stage_panels(work.v, v_tile, ldv, nk, call.dv)
-            v_tile, ldv, panel = work.v, kernels.panel, <ptrdiff_t>nk * kernels.panel
+            v_tile, ldv = work.v, kernels.panel
+            panel = <ptrdiff_t>(nk + kernels.step - 1) // kernels.step * kernels.panel
+        if key % FC_SPAN == 0 and key > 0:
+            place_states(call, work.spans + waiting * state, &work, strips, False)
 
         for i in range(strips):
             strip = work.strips[i]
@@ -396,28 +495,27 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
             # any row of the strip, `full` by all of them.
             end = min(span_end, ends[strip.nq - 1])
             n = <int>min(<int64_t>nk, end - key)
-            if n <= 0:
-                continue
-            full = <int>max(<int64_t>0, min(<int64_t>n, ends[0] - key))
             if key < FC_SPAN:
                 # The first span needs no merge: it streams into the merged state itself.
                 strip.m, strip.l, strip.o = strip.m0, strip.l0, strip.o0
+            if n <= 0:
+                continue
             strip.fresh = key % FC_SPAN == 0
             if strip.fresh:
                 kernels.start_span(&strip)
+            full = <int>max(<int64_t>0, min(<int64_t>n, ends[0] - key))
             if full < n:
                 kernels.see(&strip, ends, key)
-            # Decode waits for memory: fetch V while K is worked on, and the next K while V is.
-            strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
-            strip.soon_rows, strip.soon_bytes = nk if i == 0 else 0, call.dv * stored.elem_size
+            strip.rows_left = item[ITEM_KEY1] - key
+            strip.ahead = AHEAD if strips == 1 and not (call.stage_k or call.stage_v) else 0
             call.steps.scores(&strip, k_tile, ldk, n, full)
             call.steps.softmax(&strip, n, full)
-            strip.soon, strip.soon_stride = k + (key + nk) * call.k_row, call.k_row
-            strip.soon_rows = min(strip.soon_rows, <int>min(item[ITEM_KEY1] - key - nk, FC_SPAN))
-            strip.soon_bytes = call.d * stored.elem_size
             call.steps.accumulate(&strip, v_tile, ldv, panel, n, full)
-            if key >= FC_SPAN and key + n == end:
-                call.steps.merge(&strip)
+        if key >= FC_SPAN and key + nk == span_end:
+            waiting += 1
+            if merge_spans(call, item, &work, strips, span_end, waiting,
+                           span_end == item[ITEM_KEY1]):
+                waiting = 0
         key += nk
 
         if call.stop[0]:
@@ -427,29 +525,40 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
             if signal_arrived(call.handler_error):
                 call.stop[0] = 1
                 return
-    finish_rows(call, item, member, &work, strips)
+    if item[ITEM_CHAIN] >= 0:
+        fc_pass_turn(&call.turns[item[ITEM_CHAIN]], item[ITEM_KEY1])
+    if item[ITEM_KEY1] == item[ITEM_END]:
+        finish_rows(call, item, member, &work, strips)
+
+
+cdef void attend_some(const Call *call, const int64_t[:, ::1] items, const int64_t[:, ::1] members,
+                      char *scratch, double *looked) noexcept nogil:
+    """Take items in their order until there are none, or the call is to end.
+
+    In their order, whatever the threads do: who waits for its turn waits for an item that somebody
+    has taken.
+    """
+    cdef Py_ssize_t i = fc_take(call.next_item)
+    while i < items.shape[0] and call.stop[0] == 0:
+        attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], scratch, looked)
+        i = fc_take(call.next_item)
 
 
 cdef void attend_items(const Call *call, const int64_t[:, ::1] items,
                        const int64_t[:, ::1] members, int threads, char *scratch,
                        Py_ssize_t scratch_size) noexcept nogil:
-    """Items in their order to whichever thread is free; the calling thread looks for signals.
+    """Items to whichever thread is free; the calling thread looks for signals.
 
     One thread needs no parallel region, and does not start one.
     """
     cdef double looked = openmp.omp_get_wtime()
-    cdef Py_ssize_t i
+    cdef int thread
     if threads == 1:
-        for i in range(items.shape[0]):
-            attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], scratch, &looked)
-            if call.stop[0]:
-                return
+        attend_some(call, items, members, scratch, &looked)
     else:
-        for i in prange(items.shape[0], schedule="dynamic", chunksize=1, num_threads=threads):
-            if call.stop[0] == 0:
-                attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0],
-                            scratch + threadid() * scratch_size,
-                            &looked if threadid() == 0 else NULL)
+        for thread in prange(threads, schedule="static", chunksize=1, num_threads=threads):
+            attend_some(call, items, members, scratch + thread * scratch_size,
+                        &looked if threadid() == 0 else NULL)
 
 
 def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape, plan,
@@ -463,14 +572,16 @@ def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape
     cdef cnp.ndarray q, k, v, out
     cdef const int64_t[:, ::1] members, items
     cdef int own_stop = 0
+    cdef int64_t next_item = 0
     cdef Call call
     cdef list handler_error = []
     cdef Workspace unplaced
-    cdef Py_ssize_t size
+    cdef Py_ssize_t size, chains, chained
     cdef char *scratch = NULL
 
     q, k, v, out, lse = arrays
-    (call.few, call.strips, call.keys, call.stage_k, call.stage_v, _, members, items) = plan
+    (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, _, chains,
+     members, items) = plan
     call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
     call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
     call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
@@ -482,11 +593,16 @@ def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape
     call.lse_head = call.lq * kernels.table.real_size
     call.scale, call.causal = scale, causal
     call.stop = &own_stop if stop is None else &stop[0]
+    call.next_item = &next_item
     call.handler_error = <void *>handler_error
 
     size = lay_out(&call, NULL, &unplaced)
-    if posix_memalign(<void **>&scratch, FC_ALIGN, size * threads):
+    chained = chains * (state_bytes(&call) + <Py_ssize_t>sizeof(int64_t))
+    if posix_memalign(<void **>&scratch, FC_ALIGN, size * threads + chained):
         raise MemoryError(f"no memory for {threads} workspaces of {size} bytes")
+    call.chains = scratch + size * threads
+    call.turns = <int64_t *>(call.chains + chains * state_bytes(&call))
+    memset(call.chains, 0, chained)
     try:
         with nogil:
             attend_items(&call, items, members, threads, scratch, size)
@@ -501,8 +617,8 @@ def workspace_bytes(Kernels kernels, int d, int dv, tile):
     cdef Call call
     cdef Workspace unplaced
     call.kernels = kernels.table
-    call.d, call.dv = d, dv
-    _, call.strips, call.keys, call.stage_k, call.stage_v = tile
+    call.d, call.dv, call.scale = d, dv, 0
+    _, call.strips, call.keys, call.spans, call.stage_k, call.stage_v = tile
     return lay_out(&call, NULL, &unplaced)
 
 

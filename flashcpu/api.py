@@ -148,15 +148,15 @@ def attention(
         return (result, lse) if return_lse else result
 
     isa = machine.isa()
-    kernels, lanes = machine.kernels(asked.real, isa)
+    kernels, lanes = machine.kernels(asked.rows, asked.stored, isa)
     strides = asked.result_strides(result.strides)
     cut = plan.cut(asked, lanes, strides, kv_len, q_start, tiles)
     threads = min(cut.threads, threading_.limit(threads)) if cut.threads > 1 else 1
     call = partial(
         _engine.attend,
         kernels,
-        machine.storage(asked.rows, isa),
-        machine.storage(asked.stored, isa),
+        machine.storage(asked.rows, lanes.arithmetic, isa),
+        machine.storage(asked.stored, lanes.arithmetic, isa),
         (q, k, v, result, lse),
         (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
         (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),

@@ -47,19 +47,38 @@ def use_isa(name):
         _isa = before
 
 
+def kernels(rows, stored, isa_name):
+    """The arithmetic for queries and keys in these dtypes, and what the plan must know of it."""
+    return _kernels(arithmetic(rows, stored, isa_name), isa_name)
+
+
 @cache
-def kernels(real, isa_name):
-    """The arithmetic of one (real type, instruction set), and what the plan must know of it."""
-    table = _engine.Kernels(real, isa_name)
+def arithmetic(rows, stored, isa_name):
+    """f32 or f64; or bf16, products in pairs, where all numbers are bf16 and the CPU has it."""
+    if rows == stored == "bf16":
+        with contextlib.suppress(ValueError):
+            return _engine.Kernels("bf16", isa_name).dtype
+    return "f64" if rows == "f64" else "f32"
+
+
+@cache
+def _kernels(name, isa_name):
+    table = _engine.Kernels(name, isa_name)
     return table, Lanes(
-        table.lanes, _engine.STRIP_VECTORS, _engine.BLOCK, _engine.SPAN, table.rows_few
+        width=table.lanes,
+        vectors=_engine.STRIP_VECTORS,
+        block=_engine.BLOCK,
+        span=_engine.SPAN,
+        few=table.rows_few,
+        arithmetic=name,
+        step=table.step,
     )
 
 
 @cache
-def storage(dtype, isa_name):
-    """How one dtype is read and written by one instruction set."""
-    return _engine.Storage(dtype, isa_name)
+def storage(dtype, arithmetic, isa_name):
+    """How one dtype is read and written for one arithmetic by one instruction set."""
+    return _engine.Storage(dtype, arithmetic, isa_name)
 
 
 def cpu_name():
@@ -134,14 +153,18 @@ def size_text(size):
 
 
 def fma_rate(dtype="f32", isa_name=None, seconds=0.1):
-    """Measured flops a second of one thread that does nothing but FMAs (2 flops each)."""
-    return kernels(dtype, isa_name or isa())[0].fma_rate(seconds)
+    """Measured flops a second of one thread that does nothing but FMAs (2 flops each).
+
+    Of the arithmetic for numbers of that dtype: f16 is computed in f32; so is bf16, or in products
+    of pairs (4 flops each).
+    """
+    return kernels(dtype, dtype, isa_name or isa())[0].fma_rate(seconds)
 
 
 def read_bandwidth(threads=1, seconds=0.2, size=256 << 20):
     """Measured bytes a second of reading a buffer far larger than the caches."""
     buffer = np.ones(size, np.uint8)
-    table, _ = kernels("f32", isa())
+    table, _ = _kernels("f32", isa())
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end or not best:
         start = time.perf_counter()

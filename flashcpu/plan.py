@@ -2,8 +2,9 @@
 
 A work item is a run of query rows of one KV head of one batch member, and the keys they see. Row r
 of a KV head is query r // G of its query head r % G: grouped heads are more rows, and the rows of a
-strip stand close together under the diagonal. No choice made here can change a bit of the result.
-Next: _engine.pyx.
+strip stand close together under the diagonal. Where there are few rows and many keys, an item is a
+run of their keys, whole spans, and the items of the same rows are a chain. No choice made here can
+change a bit of the result. Next: _engine.pyx.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Columns of the two tables; _engine.pyx has the same enumerations.
-MEMBER, HEAD, ROW0, ROW1, KEY1 = range(5)
+MEMBER, HEAD, ROW0, ROW1, KEY0, KEY1, END, CHAIN = range(8)
 Q, K, V, OUT, KV_LEN, Q_START = range(6)
 
 # Largest tile: strips of query rows, and keys. Four strips share each K and V tile out of L2; two
@@ -23,9 +24,11 @@ STRIPS = 4
 KEYS = 128
 # Work below which starting threads costs more than they save: about 50 us of multiply-adds.
 SMALL = 2_500_000
-# Items to cut at least, if there are rows for it, so that the last one never keeps a thread alone
-# for long. A number of its own, not one of the thread count: a plan serves any.
+# Items to cut at least, if there are rows or spans for it, so that the last one never keeps a thread
+# alone for long. A number of its own, not one of the thread count: a plan serves any.
 ITEMS = 32
+# Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.
+SPANS = 8
 # Query rows (100 more for each KV head) up to which a plan is remembered: where planning would be
 # felt. So no more than about 256 plans of 30 KB are kept, whatever is computed.
 REMEMBERED = 20_000
@@ -41,6 +44,8 @@ class Lanes(NamedTuple):
     block: int  # keys between two rescales
     span: int  # keys between two merges
     few: int  # most query rows of the kernels for few
+    arithmetic: str  # f32, f64, or bf16: in pairs
+    step: int  # numbers in a unit of that arithmetic
 
 
 class Plan(NamedTuple):
@@ -49,9 +54,11 @@ class Plan(NamedTuple):
     few: bool  # so few query rows that lanes are keys: the kernels of decode.inc
     strips: int
     keys: int
+    spans: int  # of an item whose keys are cut, else 1
     stage_k: bool
     stage_v: bool
     threads: int
+    chains: int  # of items of the same rows, 0 where no keys are cut
     members: np.ndarray
     items: np.ndarray
 
@@ -73,6 +80,7 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     rows = problem.Lq * problem.group
     strips, keys = _tile(problem, lanes, tiles, rows, len(members))
     items = _items(problem, lanes, members, rows, strips)
+    items, chains, spans = _chains(items, lanes.span, strips)
     work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
     few = rows <= lanes.few
     for table in (members, items):
@@ -81,9 +89,11 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
         few=few,
         strips=strips,
         keys=keys,
-        stage_k=not few and _staged(problem, problem.k_strides[1]),
-        stage_v=not few and _staged(problem, problem.v_strides[1]),
+        spans=spans,
+        stage_k=not few and _staged(problem, lanes, problem.k_strides[1], problem.D),
+        stage_v=not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0)),
         threads=1 if work < SMALL else max(1, len(items)),
+        chains=chains,
         members=members,
         items=items,
     )
@@ -92,9 +102,17 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
 _cut_remembered = lru_cache(maxsize=256)(_cut)
 
 
-def _staged(problem, row_stride):
-    """Whether tiles of K or V are copied: 16-bit numbers are widened, aliasing rows moved apart."""
-    return problem.stored != problem.real or (row_stride % PAGE == 0 and problem.Lkv > 1)
+def _staged(problem, lanes, row_stride, length):
+    """Whether tiles of K or V are copied.
+
+    Numbers that are not those of the arithmetic are widened, aliasing rows moved apart, and rows
+    that are not whole units filled up.
+    """
+    return (
+        problem.stored != lanes.arithmetic
+        or (row_stride % PAGE == 0 and problem.Lkv > 1)
+        or length % lanes.step > 0
+    )
 
 
 def _members(problem, out_strides, kv_len, q_start):
@@ -128,6 +146,8 @@ def _tile(problem, lanes, tiles, rows, count):
     if tiles is not None:
         keys = -(-tiles[1] // lanes.block) * lanes.block
         return min(-(-tiles[0] // strip_rows), all_strips), min(keys, all_keys, lanes.span)
+    if rows <= lanes.few:
+        return 1, min(lanes.span, all_keys)
     strips = min(STRIPS, all_strips)
     while strips > 1 and -(-all_strips // strips) * problem.Hkv * count < ITEMS:
         strips -= 1
@@ -149,11 +169,36 @@ def _items(problem, lanes, members, rows, strips):
     row0, row1 = (edges[1:], edges[:-1]) if problem.causal else (edges[:-1], edges[1:])
     order = np.argsort(-members[:, KV_LEN], kind="stable")
     shape = (len(order), problem.Hkv, parts)
-    items = np.empty((*shape, 5), np.int64)
+    items = np.zeros((*shape, 8), np.int64)
+    items[..., CHAIN] = -1
     items[..., MEMBER] = order[:, None, None]
     items[..., HEAD] = np.arange(problem.Hkv)[:, None]
     items[..., ROW0] = row0
     items[..., ROW1] = row1
     for part in range(parts):
-        items[..., part, KEY1] = _row_end(problem, members[order], row1[part] - 1)[:, None]
-    return items.reshape(-1, 5)
+        end = _row_end(problem, members[order], row1[part] - 1)[:, None]
+        items[..., part, KEY1] = items[..., part, END] = end
+    return items.reshape(-1, 8)
+
+
+def _chains(items, span, strips):
+    """The items with their keys cut, if they are few, how many chains they make, and their spans.
+
+    Links in turn: by the time that an item has streamed its spans, those before it are most often
+    merged already.
+    """
+    spans_of_item = -(-items[:, END] // span)
+    total = int(spans_of_item.sum())
+    if not 0 < len(items) < ITEMS or total <= len(items):
+        return items, 0, 1
+    spans = max(1, min(SPANS // strips, total // ITEMS))
+    links = np.maximum(1, -(-spans_of_item // spans))
+    chain = np.repeat(np.arange(len(items)), links)
+    link = np.arange(len(chain)) - np.repeat(np.cumsum(links) - links, links)
+    order = np.argsort(link, kind="stable")
+    chain, link = chain[order], link[order]
+    cut = items[chain]
+    cut[:, CHAIN] = chain
+    cut[:, KEY0] = link * spans * span
+    cut[:, KEY1] = np.minimum(cut[:, KEY0] + spans * span, cut[:, END])
+    return cut, len(items), spans

@@ -26,49 +26,49 @@
 #define FC_ALIGN 64
 
 /* One strip: its packed queries, the state of its streaming softmax, the scores of one tile.
- * Row strides are nv * lanes elements of the real type; decode.inc lays out qt, s and o otherwise.
+ * Row strides are nv * lanes numbers of the real type; decode.inc lays out qt, s and o otherwise.
  */
 struct fc_strip {
     int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
+    int ahead;          /* bytes of K and of V that are fetched ahead of use, or 0 */
+    int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
+    double scale;       /* of the scores, times log2 e */
     void *qt;           /* [d][nv*W] queries, transposed, times scale * log2 e */
     void *m, *l, *o;    /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
     void *m0, *l0, *o0; /* the same of all spans before it, merged */
     void *s;            /* [nk][nv*W] scores of the tile, then its weights */
     void *alpha;        /* [blocks][nv*W] block maxima of the tile, then rescale factors */
     void *end;          /* [nv*W] first key of the tile that the row does not see */
-    /* decode: rows that the next kernel reads, fetched while this one works */
-    const char *soon;
-    ptrdiff_t soon_stride;
-    int soon_rows, soon_bytes;
 };
 
-/* How a dtype is stored, and moved into and out of the real type of the arithmetic. */
+/* How a dtype is stored, and moved into and out of an arithmetic. */
 struct fc_storage {
-    const char *dtype, *isa;
+    const char *dtype, *arithmetic, *isa;
     int elem_size; /* bytes of a stored element */
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
-    void (*pack)(const struct fc_strip *, const void *const *rows, double scale);
+    void (*pack)(const struct fc_strip *, const void *const *rows);
     /* out <- o0 / l0, lse (real) <- m0 ln 2 + log l0; one pointer a row, lse may be NULL */
     void (*finish)(const struct fc_strip *, void *const *out, void *const *lse);
-    /* nk rows of K or V in the real type: densely, or in panels of `panel` columns */
+    /* nk rows of K or V for the arithmetic: densely, or in panels of `panel` columns */
     void (*stage_rows)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
     void (*stage_panels)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
     /* the same steps for few query rows (decode.inc), K and V as they are stored */
-    void (*pack_few)(const struct fc_strip *, const void *const *rows, double scale);
+    void (*pack_few)(const struct fc_strip *, const void *const *rows);
     void (*scores_few)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);
     void (*accumulate_few)(const struct fc_strip *, const void *v, ptrdiff_t ldv, ptrdiff_t panel,
-                           int nk, int full);
+                           int nk, int full); /* l follows too */
     void (*finish_few)(const struct fc_strip *, void *const *out, void *const *lse);
 };
 
-/* The arithmetic of one real type: f32 or f64. */
+/* An arithmetic: in f32, in f64, or bf16: products of bf16 numbers, in pairs, summed in f32. */
 struct fc_kernels {
     const char *dtype, *isa;
     int lanes;     /* W: query rows in a vector */
     int panel;     /* columns of V in a staged panel */
-    int real_size; /* bytes of a computed number */
+    int step;      /* numbers that enter a product together: K and V are staged in such units */
+    int real_size; /* bytes of a computed number, and of a unit */
 
     /* (m, l) <- (-inf, 0); set `fresh` for o */
     void (*start_span)(const struct fc_strip *);
@@ -95,8 +95,10 @@ struct fc_kernels {
 
 /* Instruction sets this build has for this CPU, best first, ended by NULL. */
 const char *const *fc_isas(void);
-/* The tables, or NULL when this CPU or build does not have them. */
-const struct fc_storage *fc_find_storage(const char *dtype, const char *isa);
-const struct fc_kernels *fc_find_kernels(const char *dtype, const char *isa);
+/* The tables, or NULL when this CPU or build does not have them. An instruction set has those of
+ * the ones after it too, where it has none of its own. */
+const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmetic,
+                                         const char *isa);
+const struct fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa);
 
 #endif

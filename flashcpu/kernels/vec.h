@@ -25,6 +25,20 @@ typedef uint16_t elem;
 typedef real elem;
 #endif
 
+/* A unit is what a lane of a product takes from each side, as large as a real: one number, or with
+ * FC_PAIRS two neighbouring bf16 numbers, whose two products are added to a float. */
+#if defined(FC_PAIRS)
+#define FC_ARITHMETIC bf16
+#define STEP 2
+#elif FC_REAL == 32
+#define FC_ARITHMETIC f32
+#define STEP 1
+#else
+#define FC_ARITHMETIC f64
+#define STEP 1
+#endif
+#define UNITS(n) (((n) + STEP - 1) / STEP)
+
 #if defined(FC_AVX512)
 #include <immintrin.h>
 #define VEC_BYTES 64
@@ -52,12 +66,18 @@ typedef real elem;
 /* Columns of V in a staged panel: a cache line, so that the keys of a tile never share a set. */
 #define PANEL ((int)(64 / sizeof(real)))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define INLINE static inline __attribute__((always_inline))
+/* A value of which the compiler does not know how it came about. */
+#define OPAQUE(x) __asm__("" : "+r"(x))
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real vec_unaligned
     __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
 typedef real_bits vec_bits __attribute__((vector_size(VEC_BYTES)));
+#ifdef FC_PAIRS
+typedef real vec_stored_units __attribute__((vector_size(VEC_BYTES), aligned(2), may_alias));
+#endif
 
 INLINE vec v_splat(real x) { return x - (vec){0}; }
 INLINE vec v_load(const real *p) { return *(const vec *)p; }
@@ -210,6 +230,121 @@ INLINE void v_store_elems_n(elem *p, vec x, int n) {
     }
 }
 
+/* Where lanes are keys: K is read in pieces of 16 bytes, PIECE numbers as large as a real, or
+ * PIECE * PACKED elements. */
+#define PIECE ((int)(16 / sizeof(real)))
+#define PACKED ((int)(sizeof(real) / sizeof(elem)))
+typedef real piece __attribute__((vector_size(16)));
+typedef real piece_unaligned __attribute__((vector_size(16), aligned(sizeof(elem)), may_alias));
+
+/* One piece of W / PIECE rows. */
+#define LANES ((int)(VEC_BYTES / 16))
+INLINE vec v_load_pieces(const char *const rows[LANES], ptrdiff_t at) {
+#define PIECE_AT(i) (*(const piece_unaligned *)(rows[i] + at))
+#if VEC_BYTES == 64
+    /* Two halves first: 44 GB/s out of L2 (f32, 4 rows, D = 128), 38 one after the other, 33 by
+     * masked broadcasts, 27 by whole rows and four shuffles a vector instead of two. */
+    const __m256 low =
+        _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)), (__m128)PIECE_AT(1), 1);
+    const __m256 high =
+        _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(2)), (__m128)PIECE_AT(3), 1);
+    return (vec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif VEC_BYTES == 32
+    return (vec)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)),
+                                     (__m128)PIECE_AT(1), 1);
+#else
+    return PIECE_AT(0);
+#endif
+#undef PIECE_AT
+}
+
+/* Element i of each unit-sized number, as reals. */
+INLINE vec v_unpack(vec packed, int i) {
+#if defined(FC_BF16)
+    const vec_unsigned bits = (vec_unsigned)packed;
+    return (vec)(i ? bits & 0xffff0000 : bits << 16);
+#elif defined(FC_F16) && defined(FC_AVX512)
+    const __m512i even_odd =
+        _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24,
+                         22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i apart = _mm512_permutexvar_epi16(even_odd, (__m512i)packed);
+    return _mm512_cvtph_ps(i ? _mm512_extracti64x4_epi64(apart, 1) : _mm512_castsi512_si256(apart));
+#elif defined(FC_F16) && defined(FC_AVX2)
+    const __m256i even_odd = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+                                              0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i apart =
+        _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)packed, even_odd), 0xd8);
+    return _mm256_cvtph_ps(i ? _mm256_extracti128_si256(apart, 1) : _mm256_castsi256_si128(apart));
+#elif defined(FC_F16)
+    elem apart[PACKED][W], both[PACKED * W];
+    memcpy(both, &packed, sizeof(both));
+    for (int j = 0; j < PACKED * W; j++) {
+        apart[j % PACKED][j / PACKED] = both[j];
+    }
+    return v_load_elems(apart[i]);
+#else
+    (void)i;
+    return packed;
+#endif
+}
+
+/* Products of units: c + a b, or c + a0 b0 + a1 b1 in the CPU's own way. Units travel in a vec,
+ * whatever they hold. v_splat_unit: the same unit in every lane. v_dot_where_counted: nothing from
+ * a number whose weight, in b, is -0.0. */
+#ifdef FC_PAIRS
+typedef uint32_t unit_unaligned __attribute__((aligned(2), may_alias));
+INLINE vec v_splat_unit(const elem *p) {
+    return (vec)(*(const unit_unaligned *)p - (vec_unsigned){0});
+}
+#if defined(FC_AVX512)
+INLINE vec v_dot(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
+    const __m512i counted =
+        _mm512_movm_epi16(_mm512_cmpneq_epi16_mask((__m512i)b, _mm512_set1_epi16(INT16_MIN)));
+    return _mm512_mask_dpbf16_ps(c, _mm512_test_epi32_mask(counted, counted),
+                                 (__m512bh)((__m512i)a & counted), (__m512bh)b);
+}
+/* Pairs of one number of each, rounded to nearest even. */
+INLINE vec v_pair(vec low, vec high) {
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (vec)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+/* Pairs of an element of each of two rows. */
+INLINE vec v_zip_elems(const elem *low, const elem *high) {
+    const __m512i zip = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return (vec)_mm512_permutex2var_epi16(
+        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low)), zip,
+        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)high)));
+}
+#endif
+/* W units from n elements. */
+INLINE vec v_load_units(const elem *p, int n) {
+    elem edge[W * STEP] = {0};
+    if (n >= W * STEP) {
+        return *(const vec_stored_units *)p;
+    }
+    for (int i = 0; i < n; i++) {
+        edge[i] = p[i];
+    }
+    return *(const vec_stored_units *)edge;
+}
+INLINE vec v_zip_elems_n(const elem *low, const elem *high, int n) {
+    elem edge[2][W] = {{0}};
+    for (int i = 0; i < n; i++) {
+        edge[0][i] = low[i], edge[1][i] = high[i];
+    }
+    return v_zip_elems(edge[0], edge[1]);
+}
+#else
+INLINE vec v_splat_unit(const elem *p) { return v_splat(*(const real *)p); }
+INLINE vec v_dot(vec a, vec b, vec c) { return v_fma(a, b, c); }
+INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
+    return v_fma_where(mask_counted(b), a, b, c);
+}
+#endif
+
 /* One rounding where the instruction set has FMA: the scalar twin of v_fma. */
 INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b, c) : a * b + c; }
 
@@ -243,9 +378,57 @@ INLINE void v_transpose(vec x[W]) {
     }
 }
 
+/* The largest lane; one of them if some are NaN. */
+INLINE real v_top(vec x) {
+    vec_bits half;
+    for (int i = 0; i < W; i++) {
+        half[i] = i;
+    }
+#pragma GCC unroll 4
+    for (int n = W / 2; n; n /= 2) {
+        x = v_max(x, __builtin_shuffle(x, half ^ n));
+    }
+    return x[0];
+}
+
+/* The same inside every 16 bytes: of PIECE rows' pieces, number i of all of them. */
+#if VEC_BYTES == 64 && FC_REAL == 32
+#define ZIP_PIECES_LO (vec_bits){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}
+#define ZIP_PIECES_HI (vec_bits){2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31}
+#elif VEC_BYTES == 64
+#define ZIP_PIECES_LO (vec_bits){0, 8, 2, 10, 4, 12, 6, 14}
+#define ZIP_PIECES_HI (vec_bits){1, 9, 3, 11, 5, 13, 7, 15}
+#elif VEC_BYTES == 32 && FC_REAL == 32
+#define ZIP_PIECES_LO (vec_bits){0, 8, 1, 9, 4, 12, 5, 13}
+#define ZIP_PIECES_HI (vec_bits){2, 10, 3, 11, 6, 14, 7, 15}
+#elif VEC_BYTES == 32
+#define ZIP_PIECES_LO (vec_bits){0, 4, 2, 6}
+#define ZIP_PIECES_HI (vec_bits){1, 5, 3, 7}
+#else
+#define ZIP_PIECES_LO ZIP_LO
+#define ZIP_PIECES_HI ZIP_HI
+#endif
+INLINE void v_transpose_pieces(vec x[PIECE]) {
+#pragma GCC unroll 2
+    for (int round = 1; round < PIECE; round *= 2) {
+        vec y[PIECE];
+#pragma GCC unroll 2
+        for (int i = 0; i < PIECE / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + PIECE / 2], ZIP_PIECES_LO);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + PIECE / 2], ZIP_PIECES_HI);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < PIECE; i++) {
+            x[i] = y[i];
+        }
+    }
+}
+
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 #define TABLE_(what, dtype, isa) what##_##dtype##_##isa
 #define TABLE(what, dtype, isa) TABLE_(what, dtype, isa)
+#define TABLE3_(what, dtype, arithmetic, isa) what##_##dtype##_##arithmetic##_##isa
+#define TABLE3(what, dtype, arithmetic, isa) TABLE3_(what, dtype, arithmetic, isa)
 
 #endif
