@@ -39,7 +39,11 @@ def coefficients(degree):
 
 
 def main():
-    for name, degree, dtype in (("f32", 6, np.float32), ("f64", 11, np.float64)):
+    for name, degree, dtype in (
+        ("f32", 6, np.float32),
+        ("f64", 11, np.float64),
+        ("bf16", 4, np.float32),
+    ):
         print(name, "degree", degree)
         for power, c in enumerate(coefficients(degree), start=1):
             print(f"  r^{power:<3} {float(dtype(float(c))).hex():24} {dtype(float(c))!r}")

@@ -82,6 +82,9 @@ cdef extern from "kernels/kernels.h" nogil:
         void *s
         void *alpha
         void *end
+        const char *soon
+        ptrdiff_t soon_stride
+        int soon_rows, soon_bytes
 
     struct fc_storage:
         const char *isa
@@ -221,7 +224,7 @@ cdef struct Call:
     const fc_storage *rows  # how queries and results are stored
     const fc_storage *stored  # how keys and values are
     Steps steps
-    int few
+    int few  # rows of an item, where lanes are keys; else 0
     const char *q
     const char *k
     const char *v
@@ -259,12 +262,12 @@ cdef char *carve(char **at, Py_ssize_t size) noexcept nogil:
     return here
 
 
-cdef Py_ssize_t bytes_for(const fc_kernels *kernels, Py_ssize_t length) noexcept nogil:
-    """`length` numbers for every row of a strip, in the larger of the two layouts."""
-    cdef Py_ssize_t lanes = kernels.lanes
-    cdef Py_ssize_t transposed = length * FC_NV * lanes
-    cdef Py_ssize_t padded = kernels.rows_few * ((length + lanes - 1) // lanes * lanes)
-    return max(transposed, padded) * kernels.real_size
+cdef Py_ssize_t bytes_for(const Call *call, Py_ssize_t length) noexcept nogil:
+    """`length` numbers for every row of a strip: transposed, or few rows one after the other."""
+    cdef Py_ssize_t lanes = call.kernels.lanes
+    if call.few:
+        return call.few * ((length + lanes - 1) // lanes * lanes) * call.kernels.real_size
+    return length * FC_NV * lanes * call.kernels.real_size
 
 
 cdef char *carve_state(const Call *call, char **at, void **m, void **l, void **o) noexcept nogil:
@@ -272,7 +275,7 @@ cdef char *carve_state(const Call *call, char **at, void **m, void **l, void **o
     cdef Py_ssize_t rows = FC_NV * call.kernels.lanes * call.kernels.real_size
     m[0] = carve(at, rows)
     l[0] = carve(at, rows)
-    o[0] = carve(at, bytes_for(call.kernels, call.dv))
+    o[0] = carve(at, bytes_for(call, call.dv))
     return at[0]
 
 
@@ -304,11 +307,11 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     into.spans = carve(&at, call.spans * state_bytes(call))
     memset(&strip, 0, sizeof(fc_strip))
     strip.d, strip.dv, strip.scale = call.d, call.dv, call.scale
-    strip.s = carve(&at, bytes_for(kernels, blocks * FC_BLOCK))
+    strip.s = carve(&at, bytes_for(call, blocks * FC_BLOCK))
     strip.alpha = carve(&at, blocks * lanes * real)
     strip.end = carve(&at, lanes * real)
     for i in range(call.strips):
-        strip.qt = carve(&at, bytes_for(kernels, (call.d + step - 1) // step))
+        strip.qt = carve(&at, bytes_for(call, (call.d + step - 1) // step))
         if base is not NULL:
             into.strips[i] = strip
     if call.stage_k:
@@ -373,7 +376,7 @@ cdef int pack_rows(const Call *call, const int64_t *item, const int64_t *member,
         strip = work.strips + strips
         ends = work.row_end + strips * FC_NV * kernels.lanes
         if call.few:
-            strip.nq = <int>min(<int64_t>kernels.rows_few, item[ITEM_ROW1] - row)
+            strip.nq = <int>(item[ITEM_ROW1] - row)
             strip.nv = (strip.nq + kernels.lanes - 1) // kernels.lanes
         else:
             vectors = <int>((item[ITEM_ROW1] - row + kernels.lanes - 1) // kernels.lanes)
@@ -507,9 +510,17 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
             if full < n:
                 kernels.see(&strip, ends, key)
             strip.rows_left = item[ITEM_KEY1] - key
-            strip.ahead = AHEAD if strips == 1 and not (call.stage_k or call.stage_v) else 0
+            strip.ahead = AHEAD
+            if strips == 1 and not call.stage_v:
+                strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
+                strip.soon_rows, strip.soon_bytes = n, call.dv * stored.elem_size
             call.steps.scores(&strip, k_tile, ldk, n, full)
             call.steps.softmax(&strip, n, full)
+            strip.soon_rows = 0
+            if strips == 1 and not call.stage_k:
+                strip.soon, strip.soon_stride = k + (key + nk) * call.k_row, call.k_row
+                strip.soon_rows = <int>min(<int64_t>nk, item[ITEM_KEY1] - key - nk)
+                strip.soon_bytes = call.d * stored.elem_size
             call.steps.accumulate(&strip, v_tile, ldv, panel, n, full)
         if key >= FC_SPAN and key + nk == span_end:
             waiting += 1
@@ -618,7 +629,7 @@ def workspace_bytes(Kernels kernels, int d, int dv, tile):
     cdef Workspace unplaced
     call.kernels = kernels.table
     call.d, call.dv, call.scale = d, dv, 0
-    _, call.strips, call.keys, call.spans, call.stage_k, call.stage_v = tile
+    call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v = tile
     return lay_out(&call, NULL, &unplaced)
 
 

@@ -51,7 +51,7 @@ class Lanes(NamedTuple):
 class Plan(NamedTuple):
     """Tiles, how many threads can be of use, and the two tables that the engine walks."""
 
-    few: bool  # so few query rows that lanes are keys: the kernels of decode.inc
+    few: int  # so few query rows that lanes are keys, the kernels of decode.inc; else 0
     strips: int
     keys: int
     spans: int  # of an item whose keys are cut, else 1
@@ -82,7 +82,7 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     items = _items(problem, lanes, members, rows, strips)
     items, chains, spans = _chains(items, lanes.span, strips)
     work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
-    few = rows <= lanes.few
+    few = rows if rows <= lanes.few else 0
     for table in (members, items):
         table.setflags(write=False)
     return Plan(

@@ -40,6 +40,10 @@ struct fc_strip {
     void *s;            /* [nk][nv*W] scores of the tile, then its weights */
     void *alpha;        /* [blocks][nv*W] block maxima of the tile, then rescale factors */
     void *end;          /* [nv*W] first key of the tile that the row does not see */
+    /* Rows that the next kernel of tile.inc reads, fetched while this one works; or none. */
+    const char *soon;
+    ptrdiff_t soon_stride; /* bytes */
+    int soon_rows, soon_bytes;
 };
 
 /* How a dtype is stored, and moved into and out of an arithmetic. */
