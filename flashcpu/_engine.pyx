@@ -69,7 +69,7 @@ cdef extern from "kernels/kernels.h" nogil:
         FC_ALIGN
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh, ahead
+        int nq, nv, d, dv, fresh, ahead, cold
         int64_t rows_left
         double scale
         void *qt
@@ -510,7 +510,7 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
             if full < n:
                 kernels.see(&strip, ends, key)
             strip.rows_left = item[ITEM_KEY1] - key
-            strip.ahead = AHEAD
+            strip.ahead, strip.cold = AHEAD, key == item[ITEM_KEY0]
             if strips == 1 and not call.stage_v:
                 strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
                 strip.soon_rows, strip.soon_bytes = n, call.dv * stored.elem_size
@@ -581,7 +581,7 @@ def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape
     the call early when another thread sets it. Everything was checked in problem.py.
     """
     cdef cnp.ndarray q, k, v, out
-    cdef const int64_t[:, ::1] members, items
+    cdef const int64_t[:, ::1] members, items, whole
     cdef int own_stop = 0
     cdef int64_t next_item = 0
     cdef Call call
@@ -592,7 +592,9 @@ def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape
 
     q, k, v, out, lse = arrays
     (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, _, chains,
-     members, items) = plan
+     members, items, whole) = plan
+    if threads == 1:
+        items, chains = whole, 0
     call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
     call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
     call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     chains: int  # of items of the same rows, 0 where no keys are cut
     members: np.ndarray
     items: np.ndarray
+    whole: np.ndarray  # the items before their keys were cut, for one thread
 
 
 def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
@@ -79,11 +80,11 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
     strips, keys = _tile(problem, lanes, tiles, rows, len(members))
-    items = _items(problem, lanes, members, rows, strips)
-    items, chains, spans = _chains(items, lanes.span, strips)
+    whole = _items(problem, lanes, members, rows, strips)
+    items, chains, spans = _chains(whole, lanes.span, strips)
     work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
     few = rows if rows <= lanes.few else 0
-    for table in (members, items):
+    for table in (members, items, whole):
         table.setflags(write=False)
     return Plan(
         few=few,
@@ -96,6 +97,7 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
         chains=chains,
         members=members,
         items=items,
+        whole=whole,
     )
 
 
