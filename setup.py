@@ -1,5 +1,7 @@
 """Builds the one extension; everything else is in pyproject.toml."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import numpy as np
@@ -9,11 +11,22 @@ from setuptools.command.build_ext import build_ext
 
 
 class BuildExt(build_ext):
-    """Leaves a copy of the extension beside its source.
+    """Compiles the stubs at the same time, and leaves a copy of the extension beside its source.
 
-    So that `python -m flashcpu` works in the root of a checkout too, where Python finds the folder
-    flashcpu/ before the installed package.
+    The copy is there so that `python -m flashcpu` works in the root of a checkout too, where Python
+    finds the folder flashcpu/ before the installed package.
     """
+
+    def build_extensions(self):
+        compile_one_by_one = self.compiler.compile
+
+        def compile_all(sources, *args, **kwargs):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda x: compile_one_by_one([x], *args, **kwargs), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
 
     def run(self):
         super().run()
