@@ -361,11 +361,11 @@ def test_extra_memory_does_not_grow_with_the_length(n):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
 def test_scratch_that_cannot_be_had_is_a_memory_error():
-    """And the next call is right. A workspace is about 500 MiB here, 100 times the inputs."""
+    """And the next call is right. A workspace is about 600 MiB here, ten times the inputs."""
     answers = run(
         """
         expected = small(1)
-        x = np.ones((1, 1 << 20), np.float32)
+        x = np.ones((16, 1 << 20), np.float32)
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))

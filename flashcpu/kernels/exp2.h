@@ -18,7 +18,8 @@
 /* The weights are rounded to bf16, 2^-9: degree 4 errs by 2^-18. */
 #define EXP2_BIAS 127
 #define EXP2_DEGREE 4
-static const real exp2_g[EXP2_DEGREE] = {0x1.62e2d2p-1f, 0x1.ebfb3ep-3f, 0x1.c96d5ep-5f, 0x1.3c6e5cp-7f};
+static const real exp2_g[EXP2_DEGREE] = {0x1.62e2d2p-1f, 0x1.ebfb3ep-3f, 0x1.c96d5ep-5f,
+                                         0x1.3c6e5cp-7f};
 #define EXP2_MAGIC (0x1.8p23f + EXP2_BIAS)
 #elif FC_REAL == 32
 #define EXP2_BIAS 127
