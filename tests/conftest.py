@@ -17,9 +17,26 @@ pytest.register_assert_rewrite("checks", "rules")
 ISAS = (machine.isa(),) if os.environ.get("FLASHCPU_ISA", "").strip() else machine.ISAS
 
 
-@pytest.fixture(params=ISAS)
+# Of these, the ones with kernels of their own for other numbers than bfloat16.
+PLAIN_ISAS = tuple(name for name in ISAS if not name.endswith("_bf16")) or ISAS
+
+
+@pytest.fixture(params=PLAIN_ISAS)
 def isa(request):
     """Runs a test once on every instruction set; `usefixtures("isa")` does so for a whole file."""
+    with machine.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=ISAS)
+def isa_of_bf16(request):
+    """The same for tests that compute with bfloat16, which some instruction sets multiply in pairs.
+
+    After the fixture `dtype`, if there is one: other dtypes have nothing of their own there.
+    """
+    dtype = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else None
+    if request.param not in PLAIN_ISAS and dtype is not None and dtype.name != "bfloat16":
+        pytest.skip("the kernels of the next instruction set")
     with machine.use_isa(request.param):
         yield request.param
 

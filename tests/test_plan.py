@@ -25,7 +25,11 @@ def load(name):
 problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
-LANES = [plan.Lanes(16, 3, 64, 256, 8), plan.Lanes(2, 3, 64, 256, 6), plan.Lanes(4, 2, 8, 192, 0)]
+LANES = [
+    plan.Lanes(16, 3, 64, 256, 12, "f32", 1),
+    plan.Lanes(2, 3, 64, 256, 6, "f32", 1),
+    plan.Lanes(4, 2, 8, 192, 0, "f32", 1),
+]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
 
 
@@ -71,7 +75,7 @@ def test_every_row_is_in_exactly_one_item(lanes, causal):
     for asked, planned in every_plan(lanes, causal):
         rows = asked.Lq * asked.group
         seen = np.zeros((len(planned.members), asked.Hkv, rows), int)
-        for member, head, row0, row1, _ in planned.items:
+        for member, head, row0, row1, *_ in planned.whole:
             assert 0 <= row0 < row1 <= rows
             seen[member, head, row0:row1] += 1
         assert len(planned.members) == np.prod(asked.lead, dtype=int)
@@ -83,7 +87,7 @@ def test_items_are_cut_evenly_in_whole_vectors_that_fit_the_strips(lanes):
     """An item of one vector where others have many would be slow; one that is longer than the
     workspace would be the end."""
     for asked, planned in every_plan(lanes):
-        row0, row1 = planned.items[:, plan.ROW0], planned.items[:, plan.ROW1]
+        row0, row1 = planned.whole[:, plan.ROW0], planned.whole[:, plan.ROW1]
         assert (row0 % lanes.width == 0).all()
         ends = row1[row1 < asked.Lq * asked.group]
         assert (ends % lanes.width == 0).all()
@@ -135,7 +139,8 @@ def test_key1_is_where_the_last_row_of_an_item_ends(lanes, kv_len, q_start):
         planned = cut(asked, lanes, kv_len, q_start, (1, 1))
         lens = np.broadcast_to(33 if kv_len is None else kv_len, 3)
         starts = lens - 75 if q_start is None else np.broadcast_to(q_start, 3)
-        for member, _, _, row1, key1 in planned.items:
+        for member, _, _, row1, _, key1, end_of_row, _ in planned.whole:
+            assert key1 == end_of_row
             end = int(lens[member])
             if causal:
                 last_query = (int(row1) - 1) // asked.group
@@ -148,8 +153,8 @@ def test_a_causal_head_begins_with_its_heaviest_item(lanes):
     asked = ask((2, 4, 3000, 8), (2, 2, 3000, 8), causal=True)
     planned = cut(asked, lanes, q_start=0)
     for member, head in np.ndindex(2, 2):
-        of_head = (planned.items[:, plan.MEMBER] == member) & (planned.items[:, plan.HEAD] == head)
-        keys = planned.items[of_head, plan.KEY1]
+        of_head = (planned.whole[:, plan.MEMBER] == member) & (planned.whole[:, plan.HEAD] == head)
+        keys = planned.whole[of_head, plan.KEY1]
         assert len(keys) > 1
         assert (np.diff(keys) < 0).all()
 
@@ -158,7 +163,7 @@ def test_a_causal_head_begins_with_its_heaviest_item(lanes):
 def test_members_with_more_keys_come_first(lanes):
     asked = ask((5, 2, 20, 8), (5, 2, 300, 8))
     planned = cut(asked, lanes, kv_len=np.array([5, 300, 0, 300, 20]))
-    members = planned.items[:, plan.MEMBER].tolist()
+    members = planned.whole[:, plan.MEMBER].tolist()
     assert list(dict.fromkeys(members)) == [1, 3, 4, 0, 2]
 
 
@@ -186,6 +191,52 @@ def test_small_work_runs_without_threads():
 def test_there_are_items_for_many_threads_where_there_are_rows(lanes):
     planned = cut(ask((1, 1, 10_000, 8), (1, 1, 10_000, 8)), lanes)
     assert len(planned.items) >= plan.ITEMS
+
+
+CHAINED = [
+    # q, k, kv_len, causal
+    ((1, 1, 1, 8), (1, 1, 20_000, 8), None, False),
+    ((1, 9, 4, 8), (1, 3, 2048, 8), None, True),
+    ((4, 2, 1, 8), (4, 2, 3000, 8), [0, 1, 255, 3000], False),
+    ((1, 2, 60, 8), (1, 1, 100_000, 8), None, True),
+    ((2, 1, 300, 8), (2, 1, 5000, 8), [5000, 4097], True),
+]
+
+
+@every_lanes
+@pytest.mark.parametrize("problem", CHAINED, ids=str)
+def test_links_of_a_chain_cover_its_keys_in_whole_spans_and_in_order(problem, lanes):
+    q_shape, k_shape, kv_len, causal = problem
+    asked = ask(q_shape, k_shape, causal=causal)
+    planned = cut(asked, lanes, None if kv_len is None else np.array(kv_len))
+    assert planned.chains in (0, len(planned.whole))
+    if not planned.chains:
+        np.testing.assert_array_equal(planned.items, planned.whole)
+        return
+    assert planned.spans * planned.strips <= max(plan.SPANS, planned.strips)
+    for chain, whole in enumerate(planned.whole):
+        links = planned.items[planned.items[:, plan.CHAIN] == chain]
+        np.testing.assert_array_equal(links[:, : plan.KEY0], np.tile(whole[:4], (len(links), 1)))
+        assert (links[:, plan.END] == whole[plan.END]).all()
+        assert links[0, plan.KEY0] == 0
+        assert links[-1, plan.KEY1] == whole[plan.END]
+        np.testing.assert_array_equal(links[1:, plan.KEY0], links[:-1, plan.KEY1])
+        assert (links[:, plan.KEY0] % lanes.span == 0).all()
+        lengths = links[:, plan.KEY1] - links[:, plan.KEY0]
+        assert (lengths <= planned.spans * lanes.span).all()
+        assert (lengths[1:] > 0).all()
+
+
+def test_keys_are_cut_where_there_are_too_few_items_and_nowhere_else():
+    for lanes in LANES[:2]:
+        few_heads = cut(ask((1, 1, 1, 8), (1, 1, 20_000, 8)), lanes)
+        assert len(few_heads.items) >= plan.ITEMS
+        assert (few_heads.whole[:, plan.CHAIN] == -1).all()
+        many_heads = cut(ask((plan.ITEMS, 1, 1, 8), (plan.ITEMS, 1, 20_000, 8)), lanes)
+        one_span = cut(ask((1, 1, 1, 8), (1, 1, lanes.span, 8)), lanes)
+        for planned in (many_heads, one_span):
+            assert planned.chains == 0
+            assert planned.items is planned.whole
 
 
 @pytest.mark.parametrize(("stride", "staged"), [(4096, True), (-8192, True), (4128, False)])
