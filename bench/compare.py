@@ -1,25 +1,32 @@
 """flashcpu beside NumPy, beside two bare matmuls, beside other libraries: checked, then timed.
 
-    python bench/compare.py                     every row, about three minutes
+    python bench/compare.py                     every row but the two below, about five minutes
     python bench/compare.py --rows small        the rows whose name or shape matches
-    python bench/compare.py --peers torch,onnxruntime,openvino
+    python bench/compare.py --rows curve        from 1 to 64 queries: only when PATTERN has the word
+    python bench/compare.py --rows million      a million keys, 2 GB: likewise
+    python bench/compare.py --peers torch,onnxruntime,openvino,llamacpp
     python bench/compare.py --json figures.json --markdown
 
-It needs threadpoolctl, from `pip install '.[bench]'`; peers are left out where not installed.
+It needs threadpoolctl, from `pip install '.[bench]'`, and ml_dtypes for the rows of bf16; peers are
+left out where not installed.
 
 Rows and targets are those of the table "Where it has to get" of the design. Every contender is
-first compared with float64. Then come rounds: each measures the machine's limit (a loop of
-nothing but FMAs, on as many threads) and every contender once, on every number of threads. A ratio
-is taken within its round, where the machine was the same for both, and the median over the rounds
-is shown. Threads of all contenders are limited by threadpoolctl. What NumPy needs beside its
-inputs is allocated before the clock starts; flashcpu allocates its result in every call.
-peers.py has the contenders, measure.py how a call is timed and checked.
+first compared with float64; a peer that fails is left out of the row, with a line that says so.
+Then come rounds: each measures the machine's limit (a loop of nothing but FMAs, and where keys and
+values come from memory a loop of nothing but reads, on as many threads) and every contender once,
+on every number of threads. A ratio is taken within its round, where the machine was the same for
+both, and the median over the rounds is shown. Threads of all contenders are limited by
+threadpoolctl. What NumPy needs beside its inputs is allocated before the clock starts; flashcpu
+allocates its result in every call. peers.py has the contenders, measure.py has how a call is timed
+and checked.
 """
 
 import argparse
 import json
 import re
+import sys
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from operator import truediv
 from statistics import median
@@ -32,8 +39,11 @@ from measure import (
     Table,
     expected_attention,
     facts,
+    find_truth,
     fma_rate,
+    read_rate,
     seconds_per_call,
+    seconds_per_cold_call,
     start_clean,
     worst_error,
 )
@@ -43,6 +53,8 @@ from flashcpu import machine
 from flashcpu import threads as cores
 
 TARGETS = ("fraction", "scaling", "microseconds")
+# Kinds of rows, the first words of their names, that run only where --rows has the word.
+ON_DEMAND = ("curve", "million")
 
 
 class Row(NamedTuple):
@@ -50,15 +62,23 @@ class Row(NamedTuple):
 
     name: str
     case: Case
-    fraction: float | None = None  # of the FMA rate, one thread
+    fraction: float | None = None  # of the limit, one thread
     scaling: float | None = None  # two threads over one
     microseconds: float | None = None  # of a call
     isa: str | None = None  # None: the one in use, and contenders beside it
+    is_cold: bool = False  # K and V come from memory, and the limit may be to read them
 
 
 def square(B, H, L, D, dtype="f32", causal=False):
     return Case(B, H, H, L, L, D, dtype, causal)
 
+
+def cold_rows(kind, cases, fraction=None):
+    return [Row(f"{kind} {case.dtype}", case, fraction, is_cold=True) for case in cases]
+
+
+# Around the sizes at which the kernels' registers are full.
+FEW = (1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 32, 33, 40, 47, 48, 64)
 
 ROWS = (
     Row("prefill f32", square(1, 8, 2048, 64), 0.84, scaling=1.90),
@@ -67,6 +87,14 @@ ROWS = (
     Row("prefill f32 avx2", square(1, 8, 2048, 128), 0.83, isa="avx2"),
     Row("prefill f64", square(1, 8, 2048, 64, "f64"), 0.80),
     Row("prefill f64", Case(4, 1, 1, 512, 1024, 128, "f64"), 0.80),
+    Row("prefill bf16", square(1, 8, 2048, 64, "bf16"), 0.73),
+    Row("prefill bf16", square(1, 8, 2048, 128, "bf16"), 0.79),
+    Row("prefill f16", square(1, 8, 2048, 64, "f16"), 0.82),
+    Row("prefill f16", square(1, 8, 2048, 128, "f16"), 0.82),
+    Row("prefill bf16 avx2", square(1, 8, 2048, 64, "bf16"), 0.75, isa="avx2"),
+    Row("prefill bf16 avx2", square(1, 8, 2048, 128, "bf16"), 0.75, isa="avx2"),
+    Row("prefill f16 avx2", square(1, 8, 2048, 64, "f16"), 0.75, isa="avx2"),
+    Row("prefill f16 avx2", square(1, 8, 2048, 128, "f16"), 0.75, isa="avx2"),
     Row("causal f32", square(1, 8, 1024, 64, causal=True), 0.80),
     Row("causal f32", square(1, 8, 2048, 64, causal=True), 0.80),
     Row("causal f32", square(1, 8, 2048, 128, causal=True), 0.80),
@@ -75,70 +103,122 @@ ROWS = (
     Row("small f32", square(1, 12, 257, 64), 0.70),
     Row("small f32", square(16, 12, 64, 32), 0.55),
     Row("small f32", square(1, 8, 512, 64)),
+    *cold_rows(
+        "decode",
+        [
+            Case(B, Hq, Hkv, Lq, Lkv, D, dtype)
+            for B, Hq, Hkv, Lkv, D, dtype in (
+                (8, 8, 8, 4096, 128, "f32"),
+                (1, 32, 8, 8192, 128, "f32"),
+                (1, 32, 8, 8192, 128, "f16"),
+                (1, 32, 8, 8192, 128, "bf16"),
+                (1, 9, 3, 2048, 64, "f32"),
+            )
+            for Lq in (1, 4)
+        ],
+        0.80,
+    ),
     Row("tiny call f32", Case(1, 1, 1, 1, 16, 16), microseconds=8),
+    *cold_rows("curve", [Case(1, 8, 8, Lq, 4096, 64) for Lq in FEW]),
+    *cold_rows("curve", [Case(1, 8, 8, Lq, 4096, 64, "bf16") for Lq in FEW]),
+    *cold_rows("curve", [Case(1, 32, 8, Lq, 4096, 128) for Lq in FEW]),
+    *cold_rows("million", [Case(1, 8, 8, 1, 1_000_000, 64, "bf16")], 0.80),
 )
 
-# OpenBLAS's and OpenMP's threads wait for more work by spinning, for some 20 ms; where there may be
-# any, a contender starts when those of the one before are asleep.
-SETTLE = 0.03
+# OpenBLAS's threads wait for more work by spinning, for 0.1 s; those of others less long. After
+# several threads were in use, the next contender starts when they are asleep.
+SETTLE = 0.12
 
 
 def checked_calls(row, contenders, counts):
-    """The calls of a row, {(name, threads): call}, after each gave a right answer."""
+    """The calls of a row, {(name, threads): call}, of those that gave a right answer.
+
+    Stops where flashcpu did not.
+    """
     arrays = row.case.inputs()
+
+    @cache
+    def truth(expected):
+        return find_truth(row.case, *arrays, expected)
+
     calls = {}
     for name, contender in contenders.items():
         expected = expected_products if name == "matmuls" else expected_attention
         for count in counts:
-            call = contender(row.case, *arrays, count)
-            if call is None:
-                continue
-            error = worst_error(row.case, arrays, call(), expected)
-            if not error <= 1:
-                raise SystemExit(
-                    f"{name} is wrong on {row.name} {row.case.shape}: "
-                    f"{error:.3g} times the error allowed (measure.TOLERANCE)"
-                )
-            calls[name, count] = call
+            try:
+                call = contender(row.case, *arrays, count)
+                if call is None:
+                    continue
+                error = worst_error(row.case, truth(expected), call())
+                if not error <= 1:
+                    raise ArithmeticError(f"{error:.3g} times the error allowed in measure.py")
+            except Exception as failure:
+                if name == "flashcpu":
+                    raise
+                reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+                remark(f"{row.name} {row.case.shape} x{count} without {name}: {reason}")
+            else:
+                calls[name, count] = call
     return calls
+
+
+def remark(text):
+    """Beside the table, not in it."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def measured(row, contenders, counts, rounds, at_least):
     """Check and time a row; a summary for each number of threads."""
     isa = row.isa or machine.isa()
+    seconds_of = seconds_per_cold_call if row.is_cold else seconds_per_call
     with machine.use_isa(isa):
         calls = checked_calls(row, contenders, counts)
         fma = {count: [] for count in counts}
+        read = {count: [] for count in counts}
         seconds = {key: [] for key in calls}
         # After all libraries are loaded: it limits those that it finds.
         controller = threadpoolctl.ThreadpoolController()
+        time.sleep(SETTLE)
         for _ in range(rounds):
             for count in counts:
                 with controller.limit(limits=count):
                     fma[count].append(fma_rate(row.case.dtype, isa, count))
+                    if row.is_cold:
+                        read[count].append(read_rate(row.case.stored_bytes, count))
                     for name, number in calls:
                         if number == count:
-                            time.sleep(SETTLE if max(counts) > 1 else 0)
-                            took = seconds_per_call(calls[name, count], at_least)
+                            took = seconds_of(calls[name, count], at_least)
                             seconds[name, count].append(took)
+                            time.sleep(SETTLE if count > 1 else 0)
     for count in counts:
-        yield summary(row, isa, count, fma[count], seconds)
+        yield summary(row, isa, count, fma[count], read[count], seconds)
 
 
-def summary(row, isa, count, fma, seconds):
-    """The figures of a row on `count` threads: of every round, and the medians of their ratios."""
+def summary(row, isa, count, fma, read, seconds):
+    """The figures of a row on `count` threads: of every round, and the medians of their ratios.
+
+    The limit, in flops a second, is the FMA rate; of a cold row also that of the flops for which K
+    and V can be read in a second.
+    """
     took = {name: times for (name, n), times in seconds.items() if n == count}
     ours = took["flashcpu"]
+    flops_per_byte = row.case.flops / row.case.stored_bytes
+    limit = fma
+    if read:
+        limit = [min(f, r * flops_per_byte) for f, r in zip(fma, read, strict=True)]
     result = {
         "row": row.name,
         "case": row.case._asdict(),
         "isa": isa,
         "threads": count,
         "flops": row.case.flops,
+        "stored_bytes": row.case.stored_bytes,
         "target": {name: getattr(row, name) for name in TARGETS if getattr(row, name)},
         "fma_rate": fma,
+        "read_rate": read,
+        "bound": "read" if median(limit) < median(fma) else "fma",
         "seconds": took,
-        "fraction": median(row.case.flops / t / rate for t, rate in zip(ours, fma, strict=True)),
+        "fraction": median(row.case.flops / t / rate for t, rate in zip(ours, limit, strict=True)),
         "times_as_fast_as": {
             name: median(map(truediv, times, ours))
             for name, times in took.items()
@@ -153,12 +233,12 @@ def summary(row, isa, count, fma, seconds):
 def columns(names):
     """Headings of the table and their widths."""
     return {
-        "row": 16,
+        "row": 17,
         "B Hq Hkv Lq Lkv D": 21,
         "threads": 7,
         "time": 8,
         "GFLOP/s": 7,
-        "of limit": 8,
+        "of limit": 10,
         "x 1 thread": 10,
         "to reach": 8,
         **{f"x {name}": len(name) + 2 for name in names},
@@ -178,6 +258,7 @@ def cells(result, names):
         reach = f"{target['scaling']:.2f} x"
     else:
         reach = "-"
+    bound = f" {result['bound']}" if result["read_rate"] else ""
     beside = result["times_as_fast_as"]
     return [
         result["row"],
@@ -185,7 +266,7 @@ def cells(result, names):
         str(count),
         f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms",
         "-" if is_tiny else f"{case.flops / seconds / 1e9:.1f}",
-        "-" if is_tiny else f"{result['fraction']:.3f}",
+        "-" if is_tiny else f"{result['fraction']:.3f}{bound}",
         f"{result['scaling']:.2f}" if "scaling" in result else "-",
         reach,
         *(f"{beside[name]:.2f}" if name in beside else "-" for name in names),
@@ -195,8 +276,11 @@ def cells(result, names):
 NOTES = """\
 of limit    flops a second over those of a loop of nothing but FMAs, on as many threads (f32 avx2:
             256-bit FMAs); "to reach" is the design's target for it, on one thread
+... read    of the flops for which K and V can be read in a second: the lower limit of the two where
+            they come from memory, as in decode, curve and million; else "... fma" is said there
 x 1 thread  speed over that of one thread; a "to reach" such as 1.90 x is for this
-x numpy     scores, softmax in place, matmul; under causal the full square, with a mask
+x numpy     scores, softmax in place, matmul; under causal the full square, with a mask; 16 bits
+            are widened to float32 first
 x matmuls   NumPy's two matmuls alone, no softmax
 causal      flops count the pairs that are seen, for everyone"""
 
@@ -265,7 +349,7 @@ def main():
     for name in asked.peers:
         contender, needs = PEERS[name]
         if gone := missing(needs):
-            print(f"{name} is left out: {gone} is not installed")
+            remark(f"{name} is left out: {gone} is not installed")
         else:
             contenders[name] = contender
             packages += needs
@@ -279,7 +363,12 @@ def main():
     for row in ROWS:
         if not re.search(asked.rows, f"{row.name} {row.case.shape}"):
             continue
+        if any(kind in row.name and kind not in asked.rows for kind in ON_DEMAND):
+            continue
         if row.isa and (row.isa == machine.isa() or row.isa not in machine.ISAS):
+            continue
+        if row.case.dtype == "bf16" and missing(["ml_dtypes"]):
+            remark(f"{row.name} {row.case.shape} is left out: ml_dtypes is not installed")
             continue
         beside = contenders if row.isa is None else {"flashcpu": CONTENDERS["flashcpu"]}
         counts = asked.threads if row.microseconds is None else asked.threads[:1]
