@@ -345,7 +345,8 @@ def main():
     asked = arguments()
     rounds, at_least = (2, 0.005) if asked.quick else (asked.rounds, 0.02)
 
-    contenders, packages = dict(CONTENDERS), []
+    contenders = dict(CONTENDERS)
+    packages = [] if missing(["ml_dtypes"]) else ["ml_dtypes"]
     for name in asked.peers:
         contender, needs = PEERS[name]
         if gone := missing(needs):
