@@ -24,8 +24,8 @@ STRIPS = 4
 KEYS = 128
 # Work below which starting threads costs more than they save: about 50 us of multiply-adds.
 SMALL = 2_500_000
-# Items to cut at least, if there are rows or spans for it, so that the last one never keeps a thread
-# alone for long. A number of its own, not one of the thread count: a plan serves any.
+# Items to cut at least, if there are rows or spans for it, so that the last one never keeps a
+# thread alone for long. A number of its own, not one of the thread count: a plan serves any.
 ITEMS = 32
 # Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.
 SPANS = 8

@@ -1,7 +1,7 @@
 """float16 and bfloat16: stored in 16 bits, computed in float32, rounded once to nearest even.
 
-Where the CPU multiplies bfloat16 in pairs and all numbers are bfloat16, weights are rounded too, and
-numbers below 2^-126 count as zero; there results are near those of float32, not equal.
+Where the CPU multiplies bfloat16 in pairs and all numbers are bfloat16, weights are rounded too,
+and numbers below 2^-126 count as zero; there results are near those of float32, not equal.
 """
 
 import numpy as np
@@ -132,7 +132,7 @@ def test_strided_misaligned_and_big_endian(half, rng):
 
 
 def assert_twice_as_good_as_numpy(out, q, k, v, causal=False):
-    """Error at most twice that of NumPy in float32 on the same numbers, rounded as the result is."""
+    """Error at most twice that of NumPy in float32 on the same numbers, rounded likewise."""
     true = oracle(*(x.astype(np.float64) for x in (q, k, v)), causal=causal)[0]
     naive = oracle(*widened(q, k, v), dtype=np.float32, causal=causal)[0].astype(out.dtype)
     error, allowed = (np.abs(x.astype(np.float64) - true) for x in (out, naive))
