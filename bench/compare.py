@@ -274,8 +274,9 @@ def cells(result, names):
 
 
 NOTES = """\
-of limit    flops a second over those of a loop of nothing but FMAs, on as many threads (f32 avx2:
-            256-bit FMAs); "to reach" is the design's target for it, on one thread
+of limit    flops a second over those of a loop of nothing but FMAs, on as many threads (avx2:
+            256-bit FMAs; bf16: products in pairs where the CPU has them; f16: FMAs of f32); "to
+            reach" is the design's target for it, on one thread
 ... read    of the flops for which K and V can be read in a second: the lower limit of the two where
             they come from memory, as in decode, curve and million; else "... fma" is said there
 x 1 thread  speed over that of one thread; a "to reach" such as 1.90 x is for this

@@ -194,7 +194,7 @@ def empty_caches():
 
 
 def read_much():
-    machine.kernels("f32", machine.isa())[0].read_bytes(much(), 1)
+    machine.kernels("f32", "f32", machine.isa())[0].read_bytes(much(), 1)
 
 
 @cache
@@ -212,7 +212,6 @@ def fma_rate(dtype, isa, threads=1, seconds=0.01):
 
     The best of three: whatever disturbs it can only make it slower.
     """
-    dtype = {"f16": "f32", "bf16": "f32"}.get(dtype, dtype)  # what they are computed in
     with ThreadPoolExecutor(threads) as pool:
         all_threads = [dtype] * threads, [isa] * threads, [seconds] * threads
         return max(sum(pool.map(machine.fma_rate, *all_threads)) for _ in range(3))

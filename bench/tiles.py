@@ -40,7 +40,7 @@ def plans_own(q, k, v):
         None,
         False,
     )
-    _, lanes = machine.kernels(asked.real, machine.isa())
+    _, lanes = machine.kernels(asked.rows, asked.stored, machine.isa())
     cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None)
     return (cut.strips, cut.keys), lanes.width * lanes.vectors
 
