@@ -15,7 +15,7 @@
 #define FLASHCPU_EXP2_H
 
 #if defined(FC_PAIRS)
-/* The weights are rounded to bf16, 2^-9: degree 4 errs by 2^-18. */
+/* The weights are rounded to bf16, by up to 2^-8: degree 4 errs by 2^-17. */
 #define EXP2_BIAS 127
 #define EXP2_DEGREE 4
 static const real exp2_g[EXP2_DEGREE] = {0x1.62e2d2p-1f, 0x1.ebfb3ep-3f, 0x1.c96d5ep-5f,

@@ -30,8 +30,8 @@ build() { # compiler, program; the flags of setup.py
         "$root/tests/kernels/kernels_test.c" -lm -o "$2"
 }
 
-bits() { # instruction set, file: a line "dtype hash" for each dtype
-    sed -n "s/^bits \([a-z0-9]*\) $1 /\1 /p" "$2"
+bits() { # instruction set, file: a line "dtype_arithmetic hash" for each
+    sed -n "s/^bits \([a-z0-9_]*\) $1 /\1 /p" "$2"
 }
 
 case $(uname -m) in

@@ -1,0 +1,2 @@
+#include "isa/bf16_avx512_bf16.c"
+#include "probe.inc"
