@@ -270,23 +270,20 @@ cdef Py_ssize_t bytes_for(const Call *call, Py_ssize_t length) noexcept nogil:
     return length * FC_NV * lanes * call.kernels.real_size
 
 
-cdef char *carve_state(const Call *call, char **at, void **m, void **l, void **o) noexcept nogil:
+cdef void carve_state(const Call *call, char **at, void **m, void **l, void **o) noexcept nogil:
     """The state of one strip."""
     cdef Py_ssize_t rows = FC_NV * call.kernels.lanes * call.kernels.real_size
     m[0] = carve(at, rows)
     l[0] = carve(at, rows)
     o[0] = carve(at, bytes_for(call, call.dv))
-    return at[0]
 
 
 cdef Py_ssize_t state_bytes(const Call *call) noexcept nogil:
     """The state of all strips of an item."""
     cdef char *at = NULL
     cdef void *unplaced
-    cdef int i
-    for i in range(call.strips):
-        carve_state(call, &at, &unplaced, &unplaced, &unplaced)
-    return at - <char *>NULL
+    carve_state(call, &at, &unplaced, &unplaced, &unplaced)
+    return call.strips * (at - <char *>NULL)
 
 
 cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept nogil:
