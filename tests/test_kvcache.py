@@ -54,12 +54,10 @@ def poison(cache):
 # One answer
 
 
-@pytest.mark.usefixtures("isa")
-@both_dtypes
 @heads
 @pytest.mark.parametrize("chunk", [1, 7, 48, 100])
-def test_any_chunking_gives_the_bits_of_one_causal_prefill(chunk, Hq, Hkv, dtype, rng):
-    L = 330  # more than a span of keys
+def test_any_chunking_gives_the_bits_of_one_causal_prefill(chunk, Hq, Hkv, arithmetic, rng):
+    L, dtype = 330, arithmetic  # more than a span of keys
     q, k, v = sequence(rng, 2, Hq, Hkv, L, dtype=dtype)
     cache, outs, lses = KVCache(2, Hkv, 16, 9, dtype=dtype), [], []
     for i in range(0, L, chunk):
@@ -74,11 +72,10 @@ def test_any_chunking_gives_the_bits_of_one_causal_prefill(chunk, Hq, Hkv, dtype
     assert_same_bits(np.concatenate(lses, axis=2), expected_lse)
 
 
-@pytest.mark.usefixtures("isa")
-@both_dtypes
 @heads
-def test_members_of_different_lengths_are_as_each_alone(Hq, Hkv, dtype, rng):
+def test_members_of_different_lengths_are_as_each_alone(Hq, Hkv, any_dtype, rng):
     """A ragged prefill in two padded chunks, then steps that not every member takes."""
+    dtype = any_dtype
     q, k, v = sequence(rng, 4, Hq, Hkv, 400, dtype=dtype)
     cache = KVCache(4, Hkv, 16, 9, dtype=dtype)
     alone = attention(q, k, v, causal=True)

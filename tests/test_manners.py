@@ -43,6 +43,13 @@ def long(n):
     q = np.broadcast_to(one, (1024, 16384, 64))
     print("ready", flush=True)
     attention(q, q, q[..., :1], threads=n)
+
+def long_chain(n):
+    # One head's cache, its keys cut into items that wait for each other. All keys are one.
+    q = np.ones((12, 64), np.float32)
+    k = np.broadcast_to(q[:1], (1 << 29, 64))
+    print("ready", flush=True)
+    attention(q, k, k, threads=n)
 """
 
 
@@ -162,13 +169,13 @@ def ends_soon_after_a_signal(running):
         end(running)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_ctrl_c_ends_a_long_call(n):
+@pytest.mark.parametrize(("call", "n"), [("long", 1), ("long", 2), ("long_chain", 3)])
+def test_ctrl_c_ends_a_long_call(call, n):
     running = process(
         f"""
         small({n})
         try:
-            long({n})
+            {call}({n})
         except KeyboardInterrupt:
             print("interrupted", small({n}) == small(1), flush=True)
             os._exit(0)
@@ -179,8 +186,8 @@ def test_ctrl_c_ends_a_long_call(n):
     assert seconds < 1
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_ctrl_c_ends_a_long_call_of_a_forked_child(n):
+@pytest.mark.parametrize(("call", "n"), [("long", 1), ("long", 2), ("long_chain", 3)])
+def test_ctrl_c_ends_a_long_call_of_a_forked_child(call, n):
     running = process(
         f"""
         small(2)
@@ -188,7 +195,7 @@ def test_ctrl_c_ends_a_long_call_of_a_forked_child(n):
         if child == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
-                long({n})
+                {call}({n})
             except KeyboardInterrupt:
                 print("interrupted", small({n}) == small(1), flush=True)
             os._exit(0)
@@ -359,6 +366,30 @@ def test_extra_memory_does_not_grow_with_the_length(n):
     assert grown <= out_bytes + n * (2 << 20)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_extra_memory_of_a_decode_step_does_not_grow_with_the_keys(n):
+    """One head and a million keys, which are one: less than 1 MiB a thread and 1 MiB more."""
+    (grown,) = map(
+        int,
+        run(
+            f"""
+            q = np.ones((4, 64), np.float32)
+            keys = lambda count: np.broadcast_to(q[:1], (count, 64))
+            attention(q, keys(3000), keys(3000), threads={n})
+            small({n})
+            peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            before = peak()
+            out, lse = attention(q, keys(10**6), keys(10**6), threads={n}, return_lse=True)
+            print(peak() - before)
+            assert (out == 1).all() and abs(lse - 8 - np.log(10**6)).max() < 1e-3
+            """
+        ),
+    )
+    if sys.platform == "darwin":
+        grown //= 1024
+    assert grown <= (n + 1) << 20
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
 def test_scratch_that_cannot_be_had_is_a_memory_error():
     """And the next call is right. A workspace is about 600 MiB here, ten times the inputs."""
@@ -388,7 +419,13 @@ def test_nothing_beside_the_arrays_is_touched():
         libc = ctypes.CDLL(None, use_errno=True)
         kept = []
         SHAPES = [(1, 1, 1, 1), (1, 70, 17, 33), (3, 300, 64, 20), (17, 65, 5, 3)]
-        SHAPES += [(50, 70, 17, 33), (49, 300, 64, 20)]
+        SHAPES += [(50, 70, 17, 33), (49, 301, 64, 20), (12, 257, 33, 130)]
+        dtypes = [np.float32, np.float64, np.float16]
+        try:
+            import ml_dtypes
+            dtypes.append(ml_dtypes.bfloat16)
+        except ImportError:
+            pass
 
         def guarded(x, at_end):
             room = -(-max(x.nbytes, 1) // page) * page
@@ -404,7 +441,7 @@ def test_nothing_beside_the_arrays_is_touched():
 
         for isa in machine.ISAS if not os.environ.get("FLASHCPU_ISA") else [machine.isa()]:
             with machine.use_isa(isa):
-                for dtype in (np.float32, np.float64):
+                for dtype in dtypes:
                     for Lq, Lkv, D, Dv in SHAPES:
                         rng = np.random.default_rng(0)
                         q, k, v = (
