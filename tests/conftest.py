@@ -14,31 +14,49 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("checks", "rules")
 
 # Every instruction set of this machine; with FLASHCPU_ISA only that one.
-ISAS = (machine.isa(),) if os.environ.get("FLASHCPU_ISA", "").strip() else machine.ISAS
+ANY_ISA = (machine.isa(),) if os.environ.get("FLASHCPU_ISA", "").strip() else machine.ISAS
+# avx512_bf16 has the kernels of avx512 for all but bfloat16: those need not be tested twice.
+ISAS = tuple(name for name in ANY_ISA if name != "avx512_bf16") or ANY_ISA
+# (instruction set, dtype): all that have kernels of their own.
+COMPUTED = [(isa, name) for isa in ISAS for name in ("float32", "float64", "float16")]
+COMPUTED += [(isa, "bfloat16") for isa in ANY_ISA]
+HALVES = [(isa, name) for isa, name in COMPUTED if name in ("float16", "bfloat16")]
+IN_PAIRS = [(isa, name) for isa, name in HALVES if (isa, name) == ("avx512_bf16", "bfloat16")]
+REALS = [(isa, name) for isa, name in COMPUTED if (isa, name) not in HALVES]
 
 
-# Of these, the ones with kernels of their own for other numbers than bfloat16.
-PLAIN_ISAS = tuple(name for name in ISAS if not name.endswith("_bf16")) or ISAS
-
-
-@pytest.fixture(params=PLAIN_ISAS)
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Runs a test once on every instruction set; `usefixtures("isa")` does so for a whole file."""
     with machine.use_isa(request.param):
         yield request.param
 
 
-@pytest.fixture(params=ISAS)
-def isa_of_bf16(request):
-    """The same for tests that compute with bfloat16, which some instruction sets multiply in pairs.
+def dtypes(doc, params):
+    """A fixture of dtypes, each on every instruction set that computes in it on its own."""
 
-    After the fixture `dtype`, if there is one: other dtypes have nothing of their own there.
-    """
-    dtype = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else None
-    if request.param not in PLAIN_ISAS and dtype is not None and dtype.name != "bfloat16":
-        pytest.skip("the kernels of the next instruction set")
-    with machine.use_isa(request.param):
-        yield request.param
+    def dtype(request):
+        isa, name = request.param
+        if name == "bfloat16":
+            dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+        else:
+            dtype = np.dtype(name)
+        with machine.use_isa(isa):
+            yield dtype
+
+    dtype.__doc__ = doc
+    return pytest.fixture(params=params, ids="-".join)(dtype)
+
+
+any_dtype = dtypes("float32, float64, float16 and bfloat16.", COMPUTED)
+half = dtypes("float16 and bfloat16.", HALVES)
+half_in_float32 = dtypes(
+    "Those of 16 bits that are computed with in float32.",
+    [pair for pair in HALVES if pair not in IN_PAIRS],
+)
+bfloat16 = dtypes("bfloat16.", [(isa, name) for isa, name in HALVES if name == "bfloat16"])
+bfloat16_in_pairs = dtypes("bfloat16 where its products are taken in pairs.", IN_PAIRS)
+arithmetic = dtypes("A dtype for each arithmetic: float32, float64, bfloat16.", REALS + IN_PAIRS)
 
 
 @pytest.fixture

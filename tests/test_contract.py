@@ -14,9 +14,13 @@ from rules import BLOCK, SPAN, attention_by_the_rules, fma_once, fma_twice
 
 from flashcpu import _engine, attention, machine, plan
 
-pytestmark = pytest.mark.usefixtures("isa")
 
-both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
+def both_dtypes(test):
+    """Runs a test in float32 and float64 on every instruction set."""
+    dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
+    return pytest.mark.usefixtures("isa")(dtypes(test))
+
+
 causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 
 
@@ -45,11 +49,10 @@ CUTS = {
 every_cut = pytest.mark.parametrize("shapes", CUTS.values(), ids=CUTS)
 
 
-@both_dtypes
 @causal_or_not
 @every_cut
-def test_any_number_of_threads(shapes, causal, dtype, rng):
-    q, k, v = normal(rng, *shapes, dtype=dtype)
+def test_any_number_of_threads(shapes, causal, arithmetic, rng):
+    q, k, v = normal(rng, *shapes, dtype=arithmetic)
     work = math.prod(k.shape[:-1]) * q.shape[-2] * (q.shape[1] // k.shape[1])
     assert work * (k.shape[-1] + v.shape[-1]) > plan.SMALL, "too little work for threads"
     expected = both(q, k, v, causal=causal, threads=1)
@@ -57,26 +60,24 @@ def test_any_number_of_threads(shapes, causal, dtype, rng):
         assert_same(both(q, k, v, causal=causal, threads=threads), expected)
 
 
-@both_dtypes
 @causal_or_not
 @every_cut
-def test_any_tiles(shapes, causal, dtype, rng):
-    q, k, v = normal(rng, *shapes, dtype=dtype)
+def test_any_tiles(shapes, causal, arithmetic, rng):
+    q, k, v = normal(rng, *shapes, dtype=arithmetic)
     expected = both(q, k, v, causal=causal)
     sizes = [(1, 1), (7, 65), (16, 64), (49, 192), (100, 320), (96, 448), (300, 1000), (10**6,) * 2]
     for tiles in sizes:
         assert_same(both(q, k, v, causal=causal, tiles=tiles), expected)
 
 
-@both_dtypes
 @pytest.mark.parametrize("chunk", [1, 7, 48, 100])
 @pytest.mark.parametrize(
     ("group", "Lq", "Lkv"), [(1, 150, 150), (3, 150, 210), (2, 101, 1100), (1, 230, 2100)]
 )
-def test_queries_in_chunks(group, Lq, Lkv, chunk, dtype, rng):
+def test_queries_in_chunks(group, Lq, Lkv, chunk, arithmetic, rng):
     """So a decode step is a row of the prefill."""
     shapes = (1, group, Lq, 12), (1, 1, Lkv, 12), (1, 1, Lkv, 7)
-    q, k, v = normal(rng, *shapes, dtype=dtype)
+    q, k, v = normal(rng, *shapes, dtype=arithmetic)
     # One query costs a call of its own; some of them say as much as all.
     starts = range(0, Lq, chunk) if chunk > 1 else [*range(0, Lq, 13), Lq - 1]
     for q_start in (0, Lkv - Lq, Lkv - Lq - 20):
@@ -94,10 +95,9 @@ def test_queries_in_chunks(group, Lq, Lkv, chunk, dtype, rng):
 # What else was computed
 
 
-@both_dtypes
 @causal_or_not
-def test_a_member_alone_and_in_its_batch(causal, dtype, rng):
-    q, k, v = normal(rng, (5, 4, 60, 12), (5, 2, 1100, 12), (5, 2, 1100, 9), dtype=dtype)
+def test_a_member_alone_and_in_its_batch(causal, arithmetic, rng):
+    q, k, v = normal(rng, (5, 4, 60, 12), (5, 2, 1100, 12), (5, 2, 1100, 9), dtype=arithmetic)
     options = {"kv_len": [1100, 1, 0, 1025, 700], "q_start": [1040, 0, 5, -20, 690]}
     together = both(q, k, v, causal=causal, **options)
     for b in range(5):
@@ -106,11 +106,10 @@ def test_a_member_alone_and_in_its_batch(causal, dtype, rng):
         assert_same(alone, [x[b : b + 1] for x in together])
 
 
-@both_dtypes
 @causal_or_not
 @pytest.mark.parametrize(("Hq", "Hkv"), [(4, 4), (6, 2), (5, 1)])
-def test_a_head_alone_and_with_others(Hq, Hkv, causal, dtype, rng):
-    q, k, v = normal(rng, (2, Hq, 60, 12), (2, Hkv, 1100, 12), (2, Hkv, 1100, 9), dtype=dtype)
+def test_a_head_alone_and_with_others(Hq, Hkv, causal, arithmetic, rng):
+    q, k, v = normal(rng, (2, Hq, 60, 12), (2, Hkv, 1100, 12), (2, Hkv, 1100, 9), dtype=arithmetic)
     together = both(q, k, v, causal=causal)
     for h in range(Hq):
         g = h // (Hq // Hkv)
@@ -118,12 +117,11 @@ def test_a_head_alone_and_with_others(Hq, Hkv, causal, dtype, rng):
         assert_same(alone, [x[:, h] for x in together])
 
 
-@both_dtypes
 @causal_or_not
 @pytest.mark.parametrize("Lq", [1, 20, 130])
 @pytest.mark.parametrize(("Hq", "Hkv"), [(4, 1), (6, 2), (6, 3)])
-def test_grouped_heads_are_repeated_heads(Hq, Hkv, Lq, causal, dtype, rng):
-    q, k, v = normal(rng, (2, Hq, Lq, 12), (2, Hkv, 200, 12), (2, Hkv, 200, 9), dtype=dtype)
+def test_grouped_heads_are_repeated_heads(Hq, Hkv, Lq, causal, arithmetic, rng):
+    q, k, v = normal(rng, (2, Hq, Lq, 12), (2, Hkv, 200, 12), (2, Hkv, 200, 9), dtype=arithmetic)
     repeated = (np.repeat(x, Hq // Hkv, axis=1) for x in (k, v))
     assert_same(both(q, k, v, causal=causal), both(q, *repeated, causal=causal))
 
@@ -139,14 +137,14 @@ def test_rows_do_not_know_their_neighbours(dtype, rng):
         assert_same([x[::3] for x in both(mixed, k, v)], [x[::3] for x in expected])
 
 
-@both_dtypes
-def test_columns_of_values_do_not_know_each_other(dtype, rng):
-    q, k, v = normal(rng, (50, 12), (1100, 12), (1100, 37), dtype=dtype)
+def test_columns_of_values_do_not_know_each_other(arithmetic, rng):
+    q, k, v = normal(rng, (50, 12), (1100, 12), (1100, 37), dtype=arithmetic)
     whole = attention(q, k, v)
     for first, end in [(0, 1), (5, 6), (0, 16), (3, 20), (16, 37), (36, 37)]:
         assert_same_bits(attention(q, k, v[:, first:end]), whole[:, first:end])
 
 
+@pytest.mark.usefixtures("isa")
 def test_calls_from_many_threads_at_once(rng):
     arrays = [normal(rng, (4, 70 + i, 20), (4, 200, 20), (4, 200, 9)) for i in range(8)]
     expected = [both(*x, causal=True) for x in arrays]
@@ -160,12 +158,11 @@ def test_calls_from_many_threads_at_once(rng):
 # Masks
 
 
-@both_dtypes
 @pytest.mark.parametrize(
     "keys", [0, 1, 40, 63, 64, 65, 128, 255, 256, 257, 300, 512, 767, 1023, 1025, 1099]
 )
-def test_kv_len_is_slicing_and_keys_appended_behind_change_nothing(keys, dtype, rng):
-    q, k, v = normal(rng, (2, 60, 12), (2, 1100, 12), (2, 1100, 9), dtype=dtype)
+def test_kv_len_is_slicing_and_keys_appended_behind_change_nothing(keys, arithmetic, rng):
+    q, k, v = normal(rng, (2, 60, 12), (2, 1100, 12), (2, 1100, 9), dtype=arithmetic)
     for options in ({}, {"causal": True}, {"causal": True, "q_start": keys // 2}):
         sliced = both(q, k[:, :keys], v[:, :keys], **options)
         assert_same(both(q, k, v, kv_len=keys, **options), sliced)
@@ -173,11 +170,10 @@ def test_kv_len_is_slicing_and_keys_appended_behind_change_nothing(keys, dtype, 
         assert_same([x[0] for x in many], [x[0] for x in sliced])
 
 
-@both_dtypes
 @pytest.mark.parametrize("Lkv", [150, 256, 257, 520, 1025])
-def test_a_causal_row_is_attention_over_the_keys_before_it(Lkv, dtype, rng):
+def test_a_causal_row_is_attention_over_the_keys_before_it(Lkv, arithmetic, rng):
     """Also where the rows of one strip end in different blocks and in different spans."""
-    q, k, v = normal(rng, (Lkv, 12), (Lkv, 12), (Lkv, 9), dtype=dtype)
+    q, k, v = normal(rng, (Lkv, 12), (Lkv, 12), (Lkv, 9), dtype=arithmetic)
     whole = both(q, k, v, causal=True)
     borders = [n + d for n in (48, BLOCK, SPAN, 2 * SPAN, 4 * SPAN) for d in (-2, -1, 0, 1)]
     rows = {0, 1, 7, 8, 31, 32, Lkv - 1, *borders, *range(0, Lkv, 97)}
@@ -186,11 +182,10 @@ def test_a_causal_row_is_attention_over_the_keys_before_it(Lkv, dtype, rng):
         assert_same(one, [x[i : i + 1] for x in whole])
 
 
-@both_dtypes
 @pytest.mark.parametrize("q_start", [200, 230, 254, 255, 256, 500, 1000, 2020])
 @pytest.mark.parametrize("group", [1, 3, 50])
-def test_a_strip_whose_rows_end_in_different_spans(group, q_start, dtype, rng):
-    q, k, v = normal(rng, (1, group, 60, 6), (1, 1, 2100, 6), (1, 1, 2100, 5), dtype=dtype)
+def test_a_strip_whose_rows_end_in_different_spans(group, q_start, arithmetic, rng):
+    q, k, v = normal(rng, (1, group, 60, 6), (1, 1, 2100, 6), (1, 1, 2100, 5), dtype=arithmetic)
     out, lse = both(q, k, v, causal=True, q_start=q_start)
     for i in range(0, 60, 7):
         end = q_start + i + 1
@@ -212,9 +207,8 @@ def test_spans_that_a_row_does_not_see_add_not_even_a_sign(dtype):
         assert_same(both(q[i : i + 1], k[:end], v[:end]), [x[i : i + 1] for x in together])
 
 
-@both_dtypes
-def test_a_mask_that_hides_nothing_is_none(dtype, rng):
-    q, k, v = normal(rng, (2, 60, 12), (2, 1100, 12), (2, 1100, 9), dtype=dtype)
+def test_a_mask_that_hides_nothing_is_none(arithmetic, rng):
+    q, k, v = normal(rng, (2, 60, 12), (2, 1100, 12), (2, 1100, 9), dtype=arithmetic)
     plain = both(q, k, v)
     assert_same(both(q, k, v, causal=True, q_start=1100), plain)
     assert_same(both(q, k, v, kv_len=1100), plain)
@@ -242,12 +236,11 @@ def test_any_layout(Lq, layout, causal, dtype, rng):
         assert_same(both(*mixed, causal=causal), expected)
 
 
-@both_dtypes
 @pytest.mark.parametrize("Dv", [1, 7, 8, 15, 16, 17, 31, 32, 33, 65])
 @pytest.mark.parametrize("Lkv", [64, 333, 1100])
-def test_rows_a_page_apart_at_every_width(Lkv, Dv, dtype, rng):
+def test_rows_a_page_apart_at_every_width(Lkv, Dv, arithmetic, rng):
     """K and V are copied a tile at a time there, V in panels of columns."""
-    q, k, v = normal(rng, (2, 60, Dv), (2, Lkv, Dv), (2, Lkv, Dv), dtype=dtype)
+    q, k, v = normal(rng, (2, 60, Dv), (2, Lkv, Dv), (2, Lkv, Dv), dtype=arithmetic)
     expected = both(q, k, v, causal=True)
     apart = LAYOUTS["rows a page apart"]
     assert_same(both(q, apart(k), apart(v), causal=True), expected)

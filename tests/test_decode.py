@@ -1,55 +1,110 @@
-"""Few query rows against many keys: other kernels (decode.inc), the same bits as in a prefill."""
+"""Few query rows against many keys: other kernels (decode.inc), the same bits as in a prefill.
+
+And where their keys are cut into chains of items, the same bits as in one piece.
+"""
 
 import numpy as np
 import pytest
-from checks import assert_same_bits, normal
+from checks import LAYOUTS, assert_same_bits, misaligned, normal, spread
 
-from flashcpu import _engine, attention, machine, plan
-from flashcpu import problem as problem_
-
-pytestmark = pytest.mark.usefixtures("isa_of_bf16")
+from flashcpu import _engine, attention, machine, plan, problem
 
 ROWS = 60
-DTYPES = ["float32", "float64", "float16", "bfloat16"]
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request):
-    if request.param == "bfloat16":
-        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
-    return np.dtype(request.param)
-
 
 # Hq, Hkv, D, Dv, Lkv: one head a group and several, depths with and without tails, span borders.
 PROBLEMS = [(4, 4, 64, 64, 300), (9, 3, 64, 64, 513), (8, 1, 17, 9, 700), (4, 2, 128, 80, 1030)]
-PROBLEMS += [(2, 2, 1, 1, 100), (6, 2, 33, 70, 256), (1, 1, 3, 200, 60), (12, 1, 16, 24, 257)]
+PROBLEMS += [(2, 2, 1, 1, 100), (6, 2, 33, 70, 256), (1, 1, 3, 200, 60)]
+causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+
+
+def both(q, k, v, **options):
+    """(out, lse)"""
+    return attention(q, k, v, return_lse=True, **options)
+
+
+def assert_same(actual, expected):
+    """Pairs (out, lse) of the same bits."""
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+# Other kernels
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_decode_row_is_the_prefill_row(problem, causal, dtype, rng):
+@causal_or_not
+def test_a_decode_row_is_the_prefill_row(problem, causal, any_dtype, rng):
     Hq, Hkv, D, Dv, L = problem
     shapes = (2, Hq, ROWS, D), (2, Hkv, L, D), (2, Hkv, L, Dv)
-    q, k, v = normal(rng, *shapes, dtype=dtype)
-    whole, whole_lse = attention(q, k, v, causal=causal, return_lse=True)
-    for first, count in [(59, 1), (30, 1), (0, 1), (57, 2), (56, 4), (52, 8), (47, 13), (20, 3)]:
+    q, k, v = normal(rng, *shapes, dtype=any_dtype)
+    whole = both(q, k, v, causal=causal)
+    for first, count in [(59, 1), (30, 1), (0, 1), (57, 2), (56, 4), (52, 8), (20, 3)]:
         at = slice(first, first + count)
-        out, lse = attention(
-            q[:, :, at], k, v, causal=causal, q_start=L - ROWS + first, return_lse=True
-        )
-        assert_same_bits(out, whole[:, :, at])
-        assert_same_bits(lse, whole_lse[:, :, at])
+        part = both(q[:, :, at], k, v, causal=causal, q_start=L - ROWS + first)
+        assert_same(part, [x[:, :, at] for x in whole])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_nothing_behind_kv_len_or_the_diagonal_is_seen(rows, dtype, rng):
-    q, k, v = normal(rng, (2, rows, 20), (2, 150, 20), (2, 150, 20), dtype=dtype)
-    expected = attention(q, k[:, :100], v[:, :100], causal=True)
-    k[:, 100:], v[:, 100:] = np.nan, np.inf
-    assert_same_bits(attention(q, k, v, kv_len=100, causal=True), expected)
-    assert_same_bits(attention(q, k, v, q_start=100 - rows, causal=True), expected)
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 12, 13, 16, 47, 48])
+def test_any_group_at_any_border_of_spans(group, any_dtype, rng):
+    """Rows for the kernels for few and for those for many, each a whole strip and not."""
+    Lq = 48 // group + 4  # together too many for the kernels for few
+    q, k, v = normal(rng, (1, group, Lq, 6), (1, 1, 2049, 6), (1, 1, 2049, 17), dtype=any_dtype)
+    for keys in (255, 256, 257, 511, 513, 2049):
+        seen = k[:, :, :keys], v[:, :, :keys]
+        for causal in (False, True):
+            whole = both(q, *seen, causal=causal)
+            for first, count in [(Lq - 1, 1), (Lq - 3, 2), (0, 1)]:
+                at = slice(first, first + count)
+                part = both(q[:, :, at], *seen, causal=causal, q_start=keys - Lq + first)
+                assert_same(part, [x[:, :, at] for x in whole])
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(1, 16), (7, 48), (8, 128), (40, 1), (65, 145)])
+def test_any_few_rows_at_any_width(D, Dv, arithmetic, rng):
+    """Rows accumulate up to three at a time, columns up to eight vectors."""
+    q, k, v = normal(rng, (53, D), (301, D), (301, Dv), dtype=arithmetic)
+    whole = both(q, k, v, causal=True)
+    for rows in range(1, 14):
+        assert_same(both(q[-rows:], k, v, causal=True), [x[-rows:] for x in whole])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 12, 13])
+def test_nothing_behind_kv_len_or_the_diagonal_is_seen(rows, any_dtype, rng):
+    """Even and odd lengths: the last key of an odd one is half of a pair."""
+    q, k, v = normal(rng, (2, rows, 20), (2, 600, 20), (2, 600, 20), dtype=any_dtype)
+    for keys in (1, 15, 99, 100, 255, 257, 511):
+        expected = both(q, k[:, :keys], v[:, :keys], causal=True)
+        for garbage in ((np.nan, np.inf), (np.inf, np.nan), (3e4, -3e4)):
+            dirty_k, dirty_v = k.copy(), v.copy()
+            dirty_k[:, keys:], dirty_v[:, keys:] = garbage
+            assert_same(both(q, dirty_k, dirty_v, kv_len=keys, causal=True), expected)
+            assert_same(both(q, dirty_k, dirty_v, causal=True, q_start=keys - rows), expected)
+            # The diagonal alone, where other rows of the strip see one key more each.
+            every = both(q, dirty_k, dirty_v, causal=True, q_start=keys - 1)
+            assert_same([x[:, :1] for x in every], both(q[:, :1], k[:, :keys], v[:, :keys]))
+
+
+def odd_rows(x):
+    """A copy whose rows begin at odd elements and an odd number of them apart, NaN between."""
+    padded = np.concatenate([x[..., :1], x], axis=-1)
+    view = spread(padded, -1, padded.shape[-1] + 1 + padded.shape[-1] % 2)[..., 1:]
+    assert view.strides[-2] // view.itemsize % 2 == 1
+    return view
+
+
+@pytest.mark.parametrize("rows", [1, 12, 50])
+def test_any_place_of_keys_and_values(rows, half, rng):
+    """In 16 bits; the contract has more of them for the others."""
+    q, k, v = normal(rng, (2, 2, rows, 33), (2, 2, 101, 33), (2, 2, 101, 40), dtype=half)
+    expected = both(q, k, v, causal=True)
+    places = [odd_rows, misaligned]
+    places += [LAYOUTS[name] for name in ("rows a page apart", "rows backwards")]
+    for place in places:
+        assert_same(both(q, place(k), place(v), causal=True), expected)
+        assert_same(both(place(q), k, place(v), causal=True), expected)
+
+
+@pytest.mark.usefixtures("isa")
 def test_nan_and_infinity_reach_the_row_that_sees_them(rng):
     q, k, v = normal(rng, (4, 8), (300, 8), (300, 8))
     v[299] = np.nan  # only the last of four rows sees it
@@ -60,6 +115,7 @@ def test_nan_and_infinity_reach_the_row_that_sees_them(rng):
     assert np.isnan(attention(q, k, v)).all()
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("rows", [1, 60])
 def test_a_nan_value_under_scores_of_minus_infinity_goes_on(rows):
     """Its weight is 0, and 0 NaN is NaN; also when its whole span weighs nothing."""
@@ -70,61 +126,113 @@ def test_a_nan_value_under_scores_of_minus_infinity_goes_on(rows):
     assert (out[:, 1] == 1).all()
 
 
-def test_a_row_that_sees_no_key_is_zero(dtype):
-    k = v = np.ones((0, 5), dtype)
-    out, lse = attention(np.ones((1, 5), dtype), k, v, return_lse=True)
+def test_a_row_that_sees_no_key_is_zero(any_dtype):
+    k = v = np.ones((0, 5), any_dtype)
+    out, lse = both(np.ones((1, 5), any_dtype), k, v)
     assert (out == 0).all()
     assert np.isneginf(lse).all()
 
 
-def test_instruction_sets_with_fma_agree(dtype, rng):
-    """Where bfloat16 is multiplied in pairs, it is another answer, and says so in its name."""
-    fused = [name for name in machine.ISAS if name != "scalar" and not name.endswith("_bf16")]
-    q, k, v = normal(rng, (1, 6, 1, 72), (1, 2, 600, 72), (1, 2, 600, 40), dtype=dtype)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_instruction_sets_with_fma_agree(rows, dtype, rng):
+    """In bfloat16 those that compute in float32."""
+    fused = [name for name in machine.ISAS if name != "scalar"]
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+        fused = [name for name in fused if machine.arithmetic("bf16", "bf16", name) == "f32"]
+    q, k, v = normal(rng, (1, 6, rows, 72), (1, 2, 600, 72), (1, 2, 600, 40), dtype=dtype)
     results = []
     for name in fused:
         with machine.use_isa(name):
-            results.append(attention(q, k, v))
+            results.append(both(q, k, v))
     for other in results[1:]:
-        assert_same_bits(other, results[0])
+        assert_same(other, results[0])
 
 
-# Hq, Hkv, Lq, Lkv, D: one strip and several, few rows and many, tails of spans.
-CHAINS = [(1, 1, 1, 20_000, 16), (12, 1, 1, 9001, 8), (4, 2, 3, 5000, 33), (1, 1, 20, 9000, 16)]
-CHAINS += [(3, 1, 40, 4100, 16)]
+@pytest.mark.parametrize("keys", [254, 255])
+def test_an_unseen_half_of_a_pair_adds_not_even_a_sign(keys, bfloat16):
+    """A sum that underflowed to -0.0 stays so beside a key that is not there."""
+    k = np.repeat(np.arange(4), 64)[:keys, None].astype(bfloat16)  # o shrinks once a block
+    v = np.full((keys, 2), -0.0, bfloat16)
+    v[0] = -(2.0**-126)
+    few, many = (both(np.full((rows, 1), 30, bfloat16), k, v) for rows in (1, 60))
+    assert np.signbit(many[0].astype(np.float32)).all()
+    assert_same(few, [x[:1] for x in many])
 
 
-@pytest.mark.parametrize("problem", CHAINS, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-def test_keys_that_are_cut_between_threads_give_the_same_bits(problem, causal, dtype, rng):
-    Hq, Hkv, Lq, Lkv, D = problem
-    q, k, v = normal(rng, (1, Hq, Lq, D), (1, Hkv, Lkv, D), (1, Hkv, Lkv, D), dtype=dtype)
-    expected = attention(q, k, v, causal=causal, return_lse=True, threads=1)
+# Chains
+
+
+@pytest.mark.parametrize("rows", [1, 12, 16, 60])
+@causal_or_not
+def test_any_number_of_threads_and_any_cut_of_the_keys(rows, causal, arithmetic, rng):
+    """One head and 20000 keys: links of a chain on any thread, in any order of their ends."""
+    q, k, v = normal(rng, (1, 1, rows, 4), (1, 1, 20_000, 4), (1, 1, 20_000, 5), dtype=arithmetic)
+    q *= 2  # spans whose maxima differ
+    expected = both(q, k, v, causal=causal, threads=1)
     for threads in (2, 3, 5):
-        actual = attention(q, k, v, causal=causal, return_lse=True, threads=threads)
-        assert_same_bits(actual[0], expected[0])
-        assert_same_bits(actual[1], expected[1])
+        assert_same(both(q, k, v, causal=causal, threads=threads), expected)
+    for tiles in ((1, 64), (10**6, 10**6)):
+        assert_same(both(q, k, v, causal=causal, tiles=tiles, threads=3), expected)
+    # So many members that nothing is cut.
+    lengths = np.zeros(plan.ITEMS, int)
+    lengths[5] = 20_000
+    many = [np.broadcast_to(x, (plan.ITEMS, *x.shape[1:])) for x in (q, k, v)]
+    whole = both(*many, causal=causal, kv_len=lengths, threads=1)
+    assert_same([x[5:6] for x in whole], expected)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20])
-def test_members_of_very_different_lengths_share_their_threads(rows, dtype, rng):
-    lengths = [0, 1, 255, 20_000, 257]
-    q, k, v = normal(rng, (5, rows, 32), (5, 20_000, 32), (5, 20_000, 32), dtype=dtype)
-    for b, length in enumerate(lengths):
-        k[b, length:] = v[b, length:] = np.nan
-    whole = attention(q, k, v, kv_len=lengths, causal=True, threads=2)
-    for b, length in enumerate(lengths):
-        alone = attention(q[b], k[b, :length], v[b, :length], causal=True, threads=1)
-        assert_same_bits(whole[b], alone)
+@causal_or_not
+@pytest.mark.parametrize("shape", [(6, 2, 1), (4, 4, 2), (1, 1, 16), (2, 1, 30)], ids=str)
+def test_a_member_alone_and_beside_longer_ones(shape, causal, any_dtype, rng):
+    """Beside 20000 keys the items of others are chains of one link, also those of no key."""
+    Hq, Hkv, Lq = shape
+    lengths = [0, 20_000, 1, 255, 700]
+    shapes = (5, Hq, Lq, 3), (1, Hkv, 20_000, 3), (1, Hkv, 20_000, 4)
+    q, k, v = normal(rng, *shapes, dtype=any_dtype)
+    together = [both(q, k, v, causal=causal, kv_len=lengths, threads=n) for n in (1, 3)]
+    assert_same(*together)
+    for b, keys in enumerate(lengths):
+        own = (x[:, :, :keys] for x in (k, v))
+        alone = both(q[b : b + 1], *own, causal=causal, threads=2)
+        assert_same(alone, [x[b : b + 1] for x in together[0]])
 
 
-def test_scratch_does_not_depend_on_the_number_of_keys():
-    sizes = set()
-    for Lkv in (10**5, 10**6):
-        shapes = (1, 8, 1, 64), (1, 8, Lkv, 64), (1, 8, Lkv, 64)
-        strides = [tuple(4 * int(np.prod(shape[i + 1 :])) for i in range(4)) for shape in shapes]
-        asked = problem_.describe((np.dtype(np.float32),) * 3, shapes, tuple(strides), None, False)
-        kernels, lanes = machine.kernels(asked.rows, asked.stored, machine.isa())
-        cut = plan.cut(asked, lanes, asked.result_strides(strides[0]), Lkv, None, None)
-        sizes.add((cut.chains, _engine.workspace_bytes(kernels, 64, 64, cut[:6])))
-    assert len(sizes) == 1
+@pytest.mark.parametrize("past", [1, 20, 31, 40, 59])
+def test_strips_of_a_link_that_end_in_different_spans(past, arithmetic, rng):
+    """A span that one strip sees and another does not, last of two that wait together."""
+    q, k, v = normal(rng, (1, 60, 8), (1, 20_000, 8), (1, 20_000, 9), dtype=arithmetic)
+    for spans in (76, 77):
+        q_start = 256 * spans - past
+        first = both(q[:, :13], k, v, causal=True, q_start=q_start)
+        last = both(q[:, 47:], k, v, causal=True, q_start=q_start + 47)
+        for threads in (1, 2, 3, 5):
+            whole = both(q, k, v, causal=True, q_start=q_start, tiles=(10**6, 256), threads=threads)
+            assert_same([x[:, :13] for x in whole], first)
+            assert_same([x[:, 47:] for x in whole], last)
+
+
+def test_many_calls_with_chains_at_once_and_again(any_dtype, rng):
+    """Each link writes to the state that all of its chain share: in its turn, or bits change."""
+    q, k, v = normal(rng, (1, 2, 3, 32), (1, 2, 9000, 32), (1, 2, 9000, 32), dtype=any_dtype)
+    expected = both(q, k, v, threads=1)
+    for threads in (2, 4, 7) * 3:
+        assert_same(both(q, k, v, threads=threads), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 60])
+def test_scratch_does_not_depend_on_the_number_of_keys(rows, any_dtype):
+    """That of a thread, and the states that the links of a chain hand on."""
+    kernels, lanes = machine.kernels(*[problem.NAMES[any_dtype.name]] * 2, machine.isa())
+    sizes, chains = set(), set()
+    for keys in (10**5, 10**6, 10**7):
+        shapes = (rows, 64), (keys, 64), (keys, 64)
+        rows_of = (64 * any_dtype.itemsize, any_dtype.itemsize)
+        asked = problem.describe((any_dtype,) * 3, shapes, (rows_of,) * 3, None, False)
+        cut = plan.cut(asked, lanes, asked.result_strides(rows_of), keys, None, None)
+        tile = cut[: plan.Plan._fields.index("threads")]
+        sizes.add(_engine.workspace_bytes(kernels, 64, 64, tile))
+        chains.add(cut.chains)
+    assert len(sizes) == len(chains) == 1
+    assert sizes.pop() < 2 << 20

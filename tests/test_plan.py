@@ -6,6 +6,7 @@ problem.py and plan.py are loaded from their files, so that nothing else of the 
 import importlib.util
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ problem, plan = load("problem"), load("plan")
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
 LANES = [
     plan.Lanes(16, 3, 64, 256, 12, "f32", 1),
-    plan.Lanes(2, 3, 64, 256, 6, "f32", 1),
+    plan.Lanes(2, 3, 64, 256, 6, "f64", 1),
     plan.Lanes(4, 2, 8, 192, 0, "f32", 1),
 ]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
@@ -71,13 +72,13 @@ def every_plan(lanes, causal=False):
 
 @every_lanes
 @pytest.mark.parametrize("causal", [False, True])
-def test_every_row_is_in_exactly_one_item(lanes, causal):
+def test_every_row_is_finished_by_exactly_one_item(lanes, causal):
     for asked, planned in every_plan(lanes, causal):
         rows = asked.Lq * asked.group
         seen = np.zeros((len(planned.members), asked.Hkv, rows), int)
-        for member, head, row0, row1, *_ in planned.whole:
+        for member, head, row0, row1, _, key1, end, _ in planned.items:
             assert 0 <= row0 < row1 <= rows
-            seen[member, head, row0:row1] += 1
+            seen[member, head, row0:row1] += key1 == end  # where its keys are cut, in the last
         assert len(planned.members) == np.prod(asked.lead, dtype=int)
         np.testing.assert_array_equal(seen, 1)
 
@@ -87,7 +88,7 @@ def test_items_are_cut_evenly_in_whole_vectors_that_fit_the_strips(lanes):
     """An item of one vector where others have many would be slow; one that is longer than the
     workspace would be the end."""
     for asked, planned in every_plan(lanes):
-        row0, row1 = planned.whole[:, plan.ROW0], planned.whole[:, plan.ROW1]
+        row0, row1 = planned.items[:, plan.ROW0], planned.items[:, plan.ROW1]
         assert (row0 % lanes.width == 0).all()
         ends = row1[row1 < asked.Lq * asked.group]
         assert (ends % lanes.width == 0).all()
@@ -131,7 +132,7 @@ def test_asked_tiles_are_rounded_up(lanes):
 @every_lanes
 @pytest.mark.parametrize("kv_len", [None, 0, 5, [7, 0, 33]])
 @pytest.mark.parametrize("q_start", [None, 0, -60, 20, -(2**60), 2**60, [-80, 3, 2**60]])
-def test_key1_is_where_the_last_row_of_an_item_ends(lanes, kv_len, q_start):
+def test_an_item_ends_where_its_last_row_does(lanes, kv_len, q_start):
     kv_len = np.array(kv_len) if isinstance(kv_len, list) else kv_len
     q_start = np.array(q_start) if isinstance(q_start, list) else q_start
     for causal in (False, True):
@@ -139,13 +140,12 @@ def test_key1_is_where_the_last_row_of_an_item_ends(lanes, kv_len, q_start):
         planned = cut(asked, lanes, kv_len, q_start, (1, 1))
         lens = np.broadcast_to(33 if kv_len is None else kv_len, 3)
         starts = lens - 75 if q_start is None else np.broadcast_to(q_start, 3)
-        for member, _, _, row1, _, key1, end_of_row, _ in planned.whole:
-            assert key1 == end_of_row
-            end = int(lens[member])
+        for member, _, _, row1, _, _, end, _ in planned.items:
+            keys = int(lens[member])
             if causal:
                 last_query = (int(row1) - 1) // asked.group
-                end = min(max(int(starts[member]) + last_query + 1, 0), end)
-            assert key1 == end
+                keys = min(max(int(starts[member]) + last_query + 1, 0), keys)
+            assert end == keys
 
 
 @every_lanes
@@ -153,8 +153,8 @@ def test_a_causal_head_begins_with_its_heaviest_item(lanes):
     asked = ask((2, 4, 3000, 8), (2, 2, 3000, 8), causal=True)
     planned = cut(asked, lanes, q_start=0)
     for member, head in np.ndindex(2, 2):
-        of_head = (planned.whole[:, plan.MEMBER] == member) & (planned.whole[:, plan.HEAD] == head)
-        keys = planned.whole[of_head, plan.KEY1]
+        of_head = (planned.items[:, plan.MEMBER] == member) & (planned.items[:, plan.HEAD] == head)
+        keys = planned.items[of_head & (planned.items[:, plan.KEY0] == 0), plan.END]
         assert len(keys) > 1
         assert (np.diff(keys) < 0).all()
 
@@ -163,7 +163,7 @@ def test_a_causal_head_begins_with_its_heaviest_item(lanes):
 def test_members_with_more_keys_come_first(lanes):
     asked = ask((5, 2, 20, 8), (5, 2, 300, 8))
     planned = cut(asked, lanes, kv_len=np.array([5, 300, 0, 300, 20]))
-    members = planned.whole[:, plan.MEMBER].tolist()
+    members = planned.items[:, plan.MEMBER].tolist()
     assert list(dict.fromkeys(members)) == [1, 3, 4, 0, 2]
 
 
@@ -177,6 +177,107 @@ def test_members_have_the_offsets_of_their_arrays():
         member = 3 * a + b
         offsets = a * q[0], b * k[0], a * v[0], a * out[0] + b * out[1]
         assert row.tolist() == [*offsets, member, member - 9]
+
+
+# Q and K shapes, kv_len: one row and a long cache; few rows, members of very different lengths;
+# more rows than the kernels for few take; several strips; rows that end in different spans.
+LONG = [
+    ((1, 1, 1, 8), (1, 1, 20_000, 8), None),
+    ((1, 12, 1, 8), (1, 1, 20_001, 8), None),
+    ((4, 6, 2, 8), (4, 2, 20_000, 8), [0, 1, 20_000, 255]),
+    ((3, 4, 4, 8), (3, 1, 3000, 8), [0, 3000, 0]),
+    ((1, 1, 60, 8), (1, 1, 20_000, 8), None),
+    ((2, 1, 700, 8), (2, 1, 9000, 8), [9000, 600]),
+    ((1, 1, 7, 8), (1, 1, 600, 8), None),
+]
+
+
+def every_long_plan(lanes):
+    for (q_shape, k_shape, kv_len), tiles, causal in itertools.product(LONG, TILES, (False, True)):
+        asked = ask(q_shape, k_shape, causal=causal)
+        kv_len = np.array(kv_len) if isinstance(kv_len, list) else kv_len
+        yield asked, cut(asked, lanes, kv_len, None, tiles)
+
+
+@every_lanes
+def test_the_links_of_a_chain_are_the_keys_of_its_rows_once_in_order(lanes):
+    """Whole spans each but the last, and no more than the workspace has room for. In the order of
+    the items too: an item waits for those before it, and threads take them in that order."""
+    cuts = 0
+    for _, planned in every_long_plan(lanes):
+        rows = set()
+        for chain in range(planned.chains):
+            links = planned.items[planned.items[:, plan.CHAIN] == chain]
+            key0, key1, end = links[:, plan.KEY0], links[:, plan.KEY1], links[0, plan.END]
+            whose = [plan.MEMBER, plan.HEAD, plan.ROW0, plan.ROW1, plan.END]
+            assert (links[:, whose] == links[0, whose]).all()
+            assert key0[0] == 0
+            assert key1[-1] == end
+            np.testing.assert_array_equal(key0[1:], key1[:-1])
+            assert (key0 % lanes.span == 0).all()
+            assert (key1 - key0 <= planned.spans * lanes.span).all()
+            assert (key0 < key1).all() or len(links) == 1
+            rows.add(tuple(links[0, whose[:4]]))
+            cuts += len(links) > 1
+        assert len(rows) == planned.chains
+        assert (planned.items[:, plan.CHAIN] < planned.chains).all()
+    assert cuts > 50
+
+
+@every_lanes
+def test_items_that_are_not_cut_are_no_chain(lanes):
+    """All of a plan are cut, or none."""
+    whole = 0
+    for _, planned in itertools.chain(every_plan(lanes), every_long_plan(lanes)):
+        if planned.chains == 0:
+            whole += 1
+            assert (planned.items[:, plan.CHAIN] == -1).all()
+            assert (planned.items[:, plan.KEY0] == 0).all()
+            np.testing.assert_array_equal(planned.items[:, plan.KEY1], planned.items[:, plan.END])
+            assert planned.spans == 1
+        else:
+            assert (planned.items[:, plan.CHAIN] >= 0).all()
+    assert whole > 10
+
+
+@every_lanes
+def test_the_states_that_wait_are_few(lanes):
+    """One a span and strip: scratch that does not grow with the number of keys."""
+    for _, planned in every_long_plan(lanes):
+        assert planned.spans == 1 or planned.spans * planned.strips <= plan.SPANS
+    for keys in (10**5, 10**6, 10**7):
+        planned = cut(ask((1, 1, 1, 8), (1, 1, keys, 8)), lanes)
+        assert planned.spans == plan.SPANS
+        assert planned.chains == planned.strips == 1
+
+
+@every_lanes
+def test_keys_are_cut_where_items_are_too_few_for_many_threads(lanes):
+    for heads, keys in [(1, 20_000), (4, 20_000), (31, 2 * lanes.span), (1, lanes.span + 1)]:
+        planned = cut(ask((1, heads, 1, 8), (1, heads, keys, 8)), lanes)
+        assert planned.chains == heads
+        assert len(planned.items) >= min(plan.ITEMS, heads * -(-keys // lanes.span))
+        assert planned.threads in (1, len(planned.items))
+    for heads, keys in [(32, 20_000), (1, lanes.span), (31, lanes.span), (3, 0)]:
+        planned = cut(ask((1, heads, 1, 8), (1, heads, keys, 8)), lanes)
+        assert planned.chains == 0
+        assert len(planned.items) == heads
+
+
+@every_lanes
+def test_rows_that_see_no_key_have_an_item_beside_long_ones(lanes):
+    """Somebody must write their zeros."""
+    asked = ask((3, 2, 2, 8), (3, 2, 9000, 8))
+    planned = cut(asked, lanes, kv_len=np.array([0, 9000, 0]))
+    assert planned.chains == 6
+    empty = planned.items[planned.items[:, plan.END] == 0]
+    assert sorted(empty[:, plan.MEMBER].tolist()) == [0, 0, 2, 2]
+    assert (empty[:, [plan.KEY0, plan.KEY1]] == 0).all()
+    # Also the first ones under the diagonal, beside others of their head.
+    asked = ask((1, 1, 200, 8), (1, 1, 9000, 8), causal=True)
+    planned = cut(asked, lanes, q_start=-150, tiles=(1, 1))
+    assert (planned.items[:, plan.END] == 0).any()
+    assert (planned.items[:, plan.END] == 50).any()
 
 
 def test_small_work_runs_without_threads():
@@ -193,52 +294,6 @@ def test_there_are_items_for_many_threads_where_there_are_rows(lanes):
     assert len(planned.items) >= plan.ITEMS
 
 
-CHAINED = [
-    # q, k, kv_len, causal
-    ((1, 1, 1, 8), (1, 1, 20_000, 8), None, False),
-    ((1, 9, 4, 8), (1, 3, 2048, 8), None, True),
-    ((4, 2, 1, 8), (4, 2, 3000, 8), [0, 1, 255, 3000], False),
-    ((1, 2, 60, 8), (1, 1, 100_000, 8), None, True),
-    ((2, 1, 300, 8), (2, 1, 5000, 8), [5000, 4097], True),
-]
-
-
-@every_lanes
-@pytest.mark.parametrize("problem", CHAINED, ids=str)
-def test_links_of_a_chain_cover_its_keys_in_whole_spans_and_in_order(problem, lanes):
-    q_shape, k_shape, kv_len, causal = problem
-    asked = ask(q_shape, k_shape, causal=causal)
-    planned = cut(asked, lanes, None if kv_len is None else np.array(kv_len))
-    assert planned.chains in (0, len(planned.whole))
-    if not planned.chains:
-        np.testing.assert_array_equal(planned.items, planned.whole)
-        return
-    assert planned.spans * planned.strips <= max(plan.SPANS, planned.strips)
-    for chain, whole in enumerate(planned.whole):
-        links = planned.items[planned.items[:, plan.CHAIN] == chain]
-        np.testing.assert_array_equal(links[:, : plan.KEY0], np.tile(whole[:4], (len(links), 1)))
-        assert (links[:, plan.END] == whole[plan.END]).all()
-        assert links[0, plan.KEY0] == 0
-        assert links[-1, plan.KEY1] == whole[plan.END]
-        np.testing.assert_array_equal(links[1:, plan.KEY0], links[:-1, plan.KEY1])
-        assert (links[:, plan.KEY0] % lanes.span == 0).all()
-        lengths = links[:, plan.KEY1] - links[:, plan.KEY0]
-        assert (lengths <= planned.spans * lanes.span).all()
-        assert (lengths[1:] > 0).all()
-
-
-def test_keys_are_cut_where_there_are_too_few_items_and_nowhere_else():
-    for lanes in LANES[:2]:
-        few_heads = cut(ask((1, 1, 1, 8), (1, 1, 20_000, 8)), lanes)
-        assert len(few_heads.items) >= plan.ITEMS
-        assert (few_heads.whole[:, plan.CHAIN] == -1).all()
-        many_heads = cut(ask((plan.ITEMS, 1, 1, 8), (plan.ITEMS, 1, 20_000, 8)), lanes)
-        one_span = cut(ask((1, 1, 1, 8), (1, 1, lanes.span, 8)), lanes)
-        for planned in (many_heads, one_span):
-            assert planned.chains == 0
-            assert planned.items is planned.whole
-
-
 @pytest.mark.parametrize(("stride", "staged"), [(4096, True), (-8192, True), (4128, False)])
 def test_rows_a_page_apart_are_staged(stride, staged):
     """A stride that is a multiple of a page puts all rows into one set of the L1 cache."""
@@ -249,6 +304,30 @@ def test_rows_a_page_apart_are_staged(stride, staged):
     assert (of_k.stage_k, of_k.stage_v) == (staged, False)
     of_v = cut(ask(*shapes, strides=(dense, dense, apart)), LANES[0])
     assert (of_v.stage_k, of_v.stage_v) == (False, staged)
+
+
+@pytest.mark.parametrize(
+    ("stored", "arithmetic", "step", "D", "staged"),
+    [
+        ("f32", "f32", 1, 7, (False, False)),
+        ("f16", "f32", 1, 8, (True, True)),  # widened
+        ("bf16", "f32", 1, 8, (True, True)),
+        ("bf16", "bf16", 2, 8, (False, True)),  # rows of V in pairs
+        ("bf16", "bf16", 2, 7, (True, True)),  # rows of K filled up to whole pairs
+    ],
+)
+def test_what_the_arithmetic_does_not_take_is_staged_but_not_for_few_rows(
+    stored, arithmetic, step, D, staged
+):
+    lanes = LANES[0]._replace(arithmetic=arithmetic, step=step)
+    asked = replace(ask((1, 1, 100, D), (1, 1, 100, D)), rows=stored, stored=stored)
+    planned = cut(asked, lanes)
+    assert not planned.few
+    assert (planned.stage_k, planned.stage_v) == staged
+    few = replace(ask((1, 1, lanes.few, D), (1, 1, 100, D)), rows=stored, stored=stored)
+    planned = cut(few, lanes)
+    assert planned.few
+    assert (planned.stage_k, planned.stage_v) == (False, False)
 
 
 def test_empty_problems_have_no_items():
