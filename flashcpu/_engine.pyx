@@ -110,7 +110,7 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
                            int) noexcept nogil
         void (*merge)(const fc_strip *) noexcept nogil
-        int rows_few
+        double few_share
         void (*softmax_few)(const fc_strip *, int, int) noexcept nogil
         void (*merge_few)(const fc_strip *) noexcept nogil
         double (*fma_loop)(long) noexcept nogil
@@ -162,7 +162,8 @@ cdef class Kernels:
 
     cdef const fc_kernels *table
     cdef readonly str dtype, isa
-    cdef readonly int lanes, rows_few, step
+    cdef readonly int lanes, step
+    cdef readonly double few_share
 
     def __cinit__(self, str dtype, str isa):
         self.table = fc_find_kernels(dtype.encode(), isa.encode())
@@ -170,7 +171,7 @@ cdef class Kernels:
             raise ValueError(f"no {dtype} arithmetic on {isa!r}, or not on this CPU")
         self.dtype, self.isa = dtype, self.table.isa.decode()
         self.lanes, self.step = self.table.lanes, self.table.step
-        self.rows_few = self.table.rows_few
+        self.few_share = self.table.few_share
 
     def fma_rate(self, double seconds):
         """Flops a second of nothing but FMAs on one thread, over about `seconds`."""

@@ -69,7 +69,7 @@ def _kernels(name, isa_name):
         vectors=_engine.STRIP_VECTORS,
         block=_engine.BLOCK,
         span=_engine.SPAN,
-        few=table.rows_few,
+        few_share=table.few_share,
         arithmetic=name,
         step=table.step,
     )

@@ -32,6 +32,12 @@ SPANS = 8
 # Query rows (100 more for each KV head) up to which a plan is remembered: where planning would be
 # felt. So no more than about 256 plans of 30 KB are kept, whatever is computed.
 REMEMBERED = 20_000
+# What is widened is staged where lanes are queries, so that lanes are keys up to a larger share of
+# them (FEW_SHARE in kernels/decode.inc has the figures).
+WIDENED = 0.12
+# Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
+# 64 to 128 keys on.
+MANY = 2
 # A K row stride that is a multiple of a page puts all rows of a register tile into one L1 set.
 PAGE = 4096
 
@@ -43,7 +49,7 @@ class Lanes(NamedTuple):
     vectors: int  # vectors in a strip
     block: int  # keys between two rescales
     span: int  # keys between two merges
-    few: int  # most query rows of the kernels for few
+    few_share: float  # of a strip's lanes; with fewer rows lanes are better keys
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 
@@ -79,15 +85,15 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
 def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
-    strips, keys = _tile(problem, lanes, tiles, rows, len(members))
+    few = _few(problem, lanes, rows)
+    strips, keys = _tile(problem, lanes, tiles, rows, few, len(members))
     whole = _items(problem, lanes, members, rows, strips)
     items, chains, spans = _chains(whole, lanes.span, strips)
     work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
-    few = rows if rows <= lanes.few else 0
     for table in (members, items, whole):
         table.setflags(write=False)
     return Plan(
-        few=few,
+        few=rows if few else 0,
         strips=strips,
         keys=keys,
         spans=spans,
@@ -102,6 +108,14 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
 
 
 _cut_remembered = lru_cache(maxsize=256)(_cut)
+
+
+def _few(problem, lanes, rows):
+    """Whether lanes are better keys than query rows."""
+    vectors = -(-rows // lanes.width)
+    share = lanes.few_share + (WIDENED if problem.stored != lanes.arithmetic else 0)
+    most = lanes.vectors if problem.Lkv >= MANY * lanes.block else 1
+    return vectors <= most and rows <= share * vectors * lanes.width
 
 
 def _staged(problem, lanes, row_stride, length):
@@ -140,7 +154,7 @@ def _row_end(problem, members, row):
     return end
 
 
-def _tile(problem, lanes, tiles, rows, count):
+def _tile(problem, lanes, tiles, rows, few, count):
     """(strips, keys) of a cache tile."""
     strip_rows = lanes.width * lanes.vectors
     all_strips = max(1, -(-rows // strip_rows))
@@ -148,7 +162,7 @@ def _tile(problem, lanes, tiles, rows, count):
     if tiles is not None:
         keys = -(-tiles[1] // lanes.block) * lanes.block
         return min(-(-tiles[0] // strip_rows), all_strips), min(keys, all_keys, lanes.span)
-    if rows <= lanes.few:
+    if few:
         return 1, min(lanes.span, all_keys)
     strips = min(STRIPS, all_strips)
     while strips > 1 and -(-all_strips // strips) * problem.Hkv * count < ITEMS:

@@ -27,9 +27,9 @@ problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
 LANES = [
-    plan.Lanes(16, 3, 64, 256, 12, "f32", 1),
-    plan.Lanes(2, 3, 64, 256, 6, "f64", 1),
-    plan.Lanes(4, 2, 8, 192, 0, "f32", 1),
+    plan.Lanes(16, 3, 64, 256, 0.88, "f32", 1),
+    plan.Lanes(2, 3, 64, 256, 0.75, "f64", 1),
+    plan.Lanes(4, 2, 8, 192, 0.0, "f32", 1),
 ]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
 
@@ -324,10 +324,29 @@ def test_what_the_arithmetic_does_not_take_is_staged_but_not_for_few_rows(
     planned = cut(asked, lanes)
     assert not planned.few
     assert (planned.stage_k, planned.stage_v) == staged
-    few = replace(ask((1, 1, lanes.few, D), (1, 1, 100, D)), rows=stored, stored=stored)
+    few = replace(ask((1, 1, lanes.width // 2, D), (1, 1, 100, D)), rows=stored, stored=stored)
     planned = cut(few, lanes)
     assert planned.few
     assert (planned.stage_k, planned.stage_v) == (False, False)
+
+
+def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
+    """Up to a share of the lanes of their vectors, and of one vector where keys are few."""
+    lanes = LANES[0]
+    many = 2 * lanes.block
+
+    def few_rows(Lkv, stored="f32"):
+        def planned(rows):
+            asked = replace(ask((1, 1, rows, 8), (1, 1, Lkv, 8)), rows=stored, stored=stored)
+            return cut(asked, lanes).few
+
+        assert all(planned(rows) in (0, rows) for rows in range(1, 101))
+        return {rows for rows in range(1, 101) if planned(rows)}
+
+    one = set(range(1, 15))
+    assert few_rows(many - 1) == one
+    assert few_rows(many) == one | set(range(17, 29)) | set(range(33, 43))
+    assert few_rows(many, "f16") == set(range(1, 49))  # what would be staged
 
 
 def test_empty_problems_have_no_items():
