@@ -34,7 +34,7 @@ SPANS = 8
 REMEMBERED = 20_000
 # What is widened is staged where lanes are queries, so that lanes are keys up to a larger share of
 # them (FEW_SHARE in kernels/decode.inc has the figures).
-WIDENED = 0.12
+WIDENED = 1 / 8
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
