@@ -15,13 +15,14 @@ pytest.register_assert_rewrite("checks", "rules")
 
 # Every instruction set of this machine; with FLASHCPU_ISA only that one.
 ANY_ISA = (machine.isa(),) if os.environ.get("FLASHCPU_ISA", "").strip() else machine.ISAS
-# avx512_bf16 has the kernels of avx512 for all but bfloat16: those need not be tested twice.
-ISAS = tuple(name for name in ANY_ISA if name != "avx512_bf16") or ANY_ISA
+# avx512_bf16 has the kernels of avx512 for all but bfloat16, and neon_bf16 those of neon: they need
+# not be tested twice.
+ISAS = tuple(name for name in ANY_ISA if not name.endswith("_bf16")) or ANY_ISA
 # (instruction set, dtype): all that have kernels of their own.
 COMPUTED = [(isa, name) for isa in ISAS for name in ("float32", "float64", "float16")]
 COMPUTED += [(isa, "bfloat16") for isa in ANY_ISA]
 HALVES = [(isa, name) for isa, name in COMPUTED if name in ("float16", "bfloat16")]
-IN_PAIRS = [(isa, name) for isa, name in HALVES if (isa, name) == ("avx512_bf16", "bfloat16")]
+IN_PAIRS = [pair for pair in HALVES if pair[0].endswith("_bf16") and pair[1] == "bfloat16"]
 REALS = [(isa, name) for isa, name in COMPUTED if (isa, name) not in HALVES]
 
 

@@ -1,9 +1,16 @@
 /* Which instruction sets this CPU and this build have. __builtin_cpu_supports asks CPUID and, for
  * the vector registers, XGETBV too: an operating system that does not save them counts as without.
+ * On aarch64 the Linux kernel tells; another system counts as one whose CPU has only what all have.
  */
 #include "kernels.h"
 
 #include <string.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP2_BF16 /* headers older than Linux 5.6 */
+#define HWCAP2_BF16 (1 << 14)
+#endif
+#endif
 
 /* Best first. Every instruction set has f32, f64 and what is stored otherwise and widened; the bf16
  * arithmetic is all that the first ones add to those below. */
@@ -12,6 +19,7 @@
 #define BF16_ISA avx512_bf16
 #elif defined(__aarch64__)
 #define ISAS(X, ...) X(neon, __VA_ARGS__) X(scalar, __VA_ARGS__)
+#define BF16_ISA neon_bf16
 #else
 #define ISAS(X, ...) X(scalar, __VA_ARGS__)
 #endif
@@ -51,8 +59,13 @@ const char *const *fc_isas(void) {
     const int bf16 = __builtin_cpu_supports("avx512bf16");
     return avx2 && avx512 && bf16 ? all : avx2 && avx512 ? all + 1 : avx2 ? all + 2 : all + 3;
 #elif defined(__aarch64__)
-    static const char *const all[] = {"neon", "scalar", NULL};
-    return all;
+    static const char *const all[] = {"neon_bf16", "neon", "scalar", NULL};
+#if defined(__linux__)
+    const int bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+#else
+    const int bf16 = 0;
+#endif
+    return bf16 ? all : all + 1;
 #else
     static const char *const all[] = {"scalar", NULL};
     return all;

@@ -289,14 +289,15 @@ INLINE vec v_unpack(vec packed, int i) {
 }
 
 /* Products of units: c + a b, or c + a0 b0 + a1 b1 in the CPU's own way. Units travel in a vec,
- * whatever they hold. v_splat_unit: the same unit in every lane. v_dot_where_counted: nothing from
+ * whatever they hold. v_splat_unit: the same unit in every lane, or only in the first, from where
+ * the dot product of NEON takes it; so a is always such a splat. v_dot_where_counted: nothing from
  * a number whose weight, in b, is -0.0. */
 #ifdef FC_PAIRS
 typedef uint32_t unit_unaligned __attribute__((aligned(2), may_alias));
+#if defined(FC_AVX512)
 INLINE vec v_splat_unit(const elem *p) {
     return (vec)(*(const unit_unaligned *)p - (vec_unsigned){0});
 }
-#if defined(FC_AVX512)
 INLINE vec v_dot(vec a, vec b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
     const __m512i counted =
@@ -317,6 +318,32 @@ INLINE vec v_zip_elems(const elem *low, const elem *high) {
     return (vec)_mm512_permutex2var_epi16(
         _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low)), zip,
         _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)high)));
+}
+#elif defined(FC_NEON)
+/* In every lane it would cost the pipes that multiply an operation for every three products. */
+INLINE vec v_splat_unit(const elem *p) {
+    return vcombine_f32(vcreate_f32(*(const unit_unaligned *)p), vcreate_f32(0));
+}
+INLINE vec v_dot(vec a, vec b, vec c) {
+    return vbfdotq_lane_f32(c, (bfloat16x8_t)b, vget_low_bf16((bfloat16x8_t)a), 0);
+}
+INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
+    const uint16x8_t in_every_lane = (uint16x8_t)vdupq_lane_f32(vget_low_f32(a), 0);
+    const uint16x8_t counted = (uint16x8_t)((uint16x8_t)b != 0x8000);
+    const vec sum = vbfdotq_f32(c, (bfloat16x8_t)(in_every_lane & counted), (bfloat16x8_t)b);
+    /* Each a is read again for each b: kept, they push accumulators out of registers, also in the
+     * loop that has no need of them. */
+    __asm__ volatile("" ::: "memory");
+    /* A lane without a counted number stays: the sum would make 0 of a subnormal c. */
+    return v_select((vec_unsigned)b != 0x80008000, sum, c);
+}
+INLINE vec v_pair(vec low, vec high) {
+    return (vec)vzip1q_u16((uint16x8_t)vcvtq_low_bf16_f32(low),
+                           (uint16x8_t)vcvtq_low_bf16_f32(high));
+}
+INLINE vec v_zip_elems(const elem *low, const elem *high) {
+    const uint16x4_t none = vdup_n_u16(0);
+    return (vec)vzip1q_u16(vcombine_u16(vld1_u16(low), none), vcombine_u16(vld1_u16(high), none));
 }
 #endif
 /* W units from n elements. */

@@ -1,6 +1,7 @@
 #!/bin/sh
-# The kernels' own tests for aarch64: cross-compiled and run under qemu, and their bits compared
-# with those of AVX2 on this machine. On an aarch64 machine: compiled and run, no more.
+# The kernels' own tests for aarch64: cross-compiled and run under qemu, on a CPU with BF16 and one
+# without, and their bits compared with those of AVX2 on this machine. On an aarch64 machine:
+# compiled and run, no more.
 #
 #   tests/kernels/aarch64.sh [--require] [--native PROGRAM]
 #
@@ -53,9 +54,18 @@ fi
 
 build $cross "$work/aarch64"
 status=0
-qemu-aarch64 -L $prefix "$work/aarch64" --bits --brief >"$work/neon.txt" || status=$?
+qemu-aarch64 -cpu max -L $prefix "$work/aarch64" --bits --brief >"$work/neon.txt" || status=$?
 cat "$work/neon.txt"
 [ $status -eq 0 ] || exit $status
+if [ -z "$(bits neon_bf16 "$work/neon.txt")" ]; then
+    echo "neon_bf16 was not tested: no BF16 in qemu before 6.1" >&2
+    exit 1
+fi
+if qemu-aarch64 -cpu cortex-a72 -L $prefix "$work/aarch64" neon_bf16 >"$work/a72.txt" 2>&1 ||
+    ! grep -q 'no kernels for neon_bf16' "$work/a72.txt"; then
+    echo "a CPU without BF16 counts as one that has it" >&2
+    exit 1
+fi
 
 if [ "$(uname -m)" != x86_64 ] || ! grep -qw avx2 /proc/cpuinfo || ! grep -qw fma /proc/cpuinfo; then
     echo "bits not compared: this machine has no AVX2"

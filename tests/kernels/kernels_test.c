@@ -53,7 +53,7 @@ typedef double wide;
 #if defined(__x86_64__)
 #define ISAS(X) DTYPES(X, scalar) DTYPES(X, avx2) DTYPES(X, avx512) X(bf16, avx512_bf16)
 #elif defined(__aarch64__)
-#define ISAS(X) DTYPES(X, scalar) DTYPES(X, neon)
+#define ISAS(X) DTYPES(X, scalar) DTYPES(X, neon) X(bf16, neon_bf16)
 #else
 #define ISAS(X) DTYPES(X, scalar)
 #endif
@@ -579,7 +579,9 @@ struct answer {
  *             in the rescales, 2 u a 2^x: one, and one for each of the `steps` rescales
  *   sums      u for each of n keys and each rescale, in o and in l alike, half a subnormal in o
  * A reference in double adds as much again for float64. In pairs, whose subnormal numbers are 0, a
- * weight is rounded to bf16, in o and in l alike, and so is the result; 2^x errs by 2^-17. */
+ * weight is rounded to bf16, in o and in l alike, and so is the result; 2^x errs by 2^-17. The sum
+ * of two products may be rounded before it is added, and both times to odd, by up to 2 u: a chain
+ * of half as many steps has the same bound. */
 static void refer(const struct target *t, const struct problem *p, struct answer *a) {
     const int pairs = t->kernels->step > 1;
     const double u = p->size == 4 ? 0x1p-24 : 0x1p-53, u_weight = pairs ? 0x1p-8 : 0,

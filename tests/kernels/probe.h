@@ -8,7 +8,7 @@ struct probe {
      */
     void (*exp2)(const void *x, void *y, size_t n);
     void (*max)(const void *a, const void *b, void *y, size_t n);
-    /* c <- c + a b, or in pairs c + a0 b0 + a1 b1, n units at a time */
+    /* c <- c + a b, or in pairs c + a0 b0 + a1 b1, n units at a time; a is a splat */
     void (*dot)(const void *a, const void *b, void *c, size_t n);
     double (*log_of_sum)(double l);
 };

@@ -1,0 +1,2 @@
+#include "isa/bf16_neon_bf16.c"
+#include "probe.inc"
