@@ -330,12 +330,12 @@ INLINE vec v_dot(vec a, vec b, vec c) {
 INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
     const uint16x8_t in_every_lane = (uint16x8_t)vdupq_lane_f32(vget_low_f32(a), 0);
     const uint16x8_t counted = (uint16x8_t)((uint16x8_t)b != 0x8000);
-    const vec sum = vbfdotq_f32(c, (bfloat16x8_t)(in_every_lane & counted), (bfloat16x8_t)b);
     /* Each a is read again for each b: kept, they push accumulators out of registers, also in the
      * loop that has no need of them. */
     __asm__ volatile("" ::: "memory");
-    /* A lane without a counted number stays: the sum would make 0 of a subnormal c. */
-    return v_select((vec_unsigned)b != 0x80008000, sum, c);
+    /* Twice -0.0 leaves c as it was, but makes 0 of a subnormal one. Only a rescale leaves such a
+     * c, and a row that is rescaled counts some key of the block: that makes 0 of it anyway. */
+    return vbfdotq_f32(c, (bfloat16x8_t)(in_every_lane & counted), (bfloat16x8_t)b);
 }
 INLINE vec v_pair(vec low, vec high) {
     return (vec)vzip1q_u16((uint16x8_t)vcvtq_low_bf16_f32(low),
