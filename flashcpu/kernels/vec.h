@@ -311,6 +311,10 @@ INLINE vec v_pair(vec low, vec high) {
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vec)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
+/* Weights side by side, rounded as those of v_pair, where 0 is made of subnormal ones first. */
+INLINE void v_store_weights(elem *p, vec x) {
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
 /* Pairs of an element of each of two rows. */
 INLINE vec v_zip_elems(const elem *low, const elem *high) {
     const __m512i zip = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
@@ -341,6 +345,7 @@ INLINE vec v_pair(vec low, vec high) {
     return (vec)vzip1q_u16((uint16x8_t)vcvtq_low_bf16_f32(low),
                            (uint16x8_t)vcvtq_low_bf16_f32(high));
 }
+INLINE void v_store_weights(elem *p, vec x) { vst1_u16(p, (uint16x4_t)vcvt_bf16_f32(x)); }
 INLINE vec v_zip_elems(const elem *low, const elem *high) {
     const uint16x4_t none = vdup_n_u16(0);
     return (vec)vzip1q_u16(vcombine_u16(vld1_u16(low), none), vcombine_u16(vld1_u16(high), none));

@@ -1058,6 +1058,33 @@ static void check_spans(struct target *targets, int count, int each, int turns) 
     }
 }
 
+/* Weights about the smallest that count: all ways agree on which are 0. */
+static void check_smallest_weights(const struct target *t) {
+    const int size = t->kernels->real_size, lowest = size == 4 ? 126 : 1022;
+    struct problem p = make_problem(t, 3, 5, 1, 2, ALL_KEYS, 1, 0);
+    const size_t bytes = (size_t)p.rows * p.dv * size, lse_bytes = (size_t)p.rows * size;
+    char *out = must(malloc(bytes)), *out2 = must(malloc(bytes)), *lse = must(malloc(lse_bytes));
+    for (int i = 0; i < p.rows; i++) {
+        put(p.q, i, size, 1);
+    }
+    for (int i = 0; i < p.keys * p.dv; i++) { /* the first key has all the weight, and no value */
+        put(p.k, i / p.dv, size, i < p.dv ? 0 : -1);
+        put(p.v, i, size, i < p.dv ? 0 : 0x1p100);
+    }
+    for (int i = -8; i < 64; i++) {
+        p.scale = lowest + i / 1024.0;
+        attend(t, &p, &plainly, 0, p.rows, out, lse);
+        for (int w = 0; w < COUNT(ways); w++) {
+            attend(t, &p, &ways[w], 0, p.rows, out2, lse);
+            check(memcmp(out, out2, bytes) == 0, "%s: another smallest weight", ways[w].name);
+        }
+    }
+    free(out);
+    free(out2);
+    free(lse);
+    free_problem(&p);
+}
+
 /* Ends far away on either side of the tile. */
 static void check_see(const struct target *t) {
     enum { S = FC_SPAN };
@@ -1489,6 +1516,7 @@ static void check_dtype(const char *stored, const char *arithmetic, const char *
             check_merge(t, 0);
             check_merge(t, 1);
             check_no_columns(t);
+            check_smallest_weights(t);
         } else {
             check_widening(t);
             check_widening_few(t);
