@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from flashcpu import _engine, attention, machine, plan, problem
+from flashcpu import attention, machine, problem
+from flashcpu.api import prepare
 from flashcpu.reference import oracle
 from flashcpu.threads import limit
 
@@ -89,9 +90,8 @@ def scratch_bytes(q, k, v):
         None,
         False,
     )
-    kernels, lanes = machine.kernels(asked.rows, asked.stored, machine.isa())
-    cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None)
-    return _engine.workspace_bytes(kernels, D, D, cut[:6]) * min(cut.threads, limit(None))
+    call = prepare(asked, q.strides, asked.Lkv, None, None, machine.isa())
+    return call.workspace_bytes * min(call.threads, limit(None))
 
 
 def compare():

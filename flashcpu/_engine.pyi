@@ -19,22 +19,25 @@ class Kernels:
     def fma_rate(self, seconds: float) -> float: ...
     def read_bytes(self, buffer: Any, threads: int) -> None: ...
 
-def attend(
-    kernels: Kernels,
-    rows: Storage,
-    stored: Storage,
-    arrays: tuple[Any, ...],
-    strides: tuple[int, ...],
-    shape: tuple[int, ...],
-    plan: tuple[Any, ...],
-    scale: float,
-    causal: bool,
-    threads: int,
-    stop: Any = None,
-) -> None: ...
-def workspace_bytes(
-    kernels: Kernels, d: int, dv: int, tile: tuple[int, int, int, int, bool, bool]
-) -> int: ...
+class Prepared:
+    chains: int
+    threads: int
+    workspace_bytes: int
+    def __init__(
+        self,
+        kernels: Kernels,
+        rows: Storage,
+        stored: Storage,
+        strides: tuple[int, ...],
+        shape: tuple[int, ...],
+        plan: tuple[Any, ...],
+        scale: float,
+        causal: bool,
+    ) -> None: ...
+    def attend(
+        self, q: Any, k: Any, v: Any, out: Any, lse: Any, threads: int, stop: Any = None
+    ) -> None: ...
+
 def isas() -> list[str]: ...
 def omp_threads() -> int: ...
 def in_parallel() -> bool: ...

@@ -570,67 +570,69 @@ cdef void attend_items(const Call *call, const int64_t[:, ::1] items,
                         &looked if threadid() == 0 else NULL)
 
 
-def attend(Kernels kernels, Storage rows, Storage stored, arrays, strides, shape, plan,
-           double scale, bint causal, int threads, int[::1] stop=None):
-    """Run the plan: out and lse <- attention of every item.
+cdef class Prepared:
+    """A call but for where its arrays lie: made once for the same question, run many times.
 
-    arrays: (q, k, v, out, lse or None). strides: bytes of (q head, q row, k head, k row, v head,
-    v row, out head, out row). shape: (Hq, G, Lq, D, Dv). plan: plan.Plan. stop: one flag that ends
-    the call early when another thread sets it. Everything was checked in problem.py.
+    strides: bytes of (q head, q row, k head, k row, v head, v row, out head, out row). shape:
+    (Hq, G, Lq, D, Dv). plan: plan.Plan. Everything was checked in problem.py.
     """
-    cdef cnp.ndarray q, k, v, out
+
+    cdef Call call
     cdef const int64_t[:, ::1] members, items, whole
-    cdef int own_stop = 0
-    cdef int64_t next_item = 0
-    cdef Call call
-    cdef list handler_error = []
-    cdef Workspace unplaced
-    cdef Py_ssize_t size, chains, chained
-    cdef char *scratch = NULL
+    cdef readonly Py_ssize_t chains  # of items that hand on a state
+    cdef readonly int threads  # so many can be of use
+    cdef readonly Py_ssize_t workspace_bytes  # scratch of one thread
 
-    q, k, v, out, lse = arrays
-    (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, _, chains,
-     members, items, whole) = plan
-    if threads == 1:
-        items, chains = whole, 0
-    call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
-    call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
-    call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
-    call.out = cnp.PyArray_BYTES(out)
-    call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
-    (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
-     call.out_head, call.out_row) = strides
-    call.heads, call.group, call.lq, call.d, call.dv = shape
-    call.lse_head = call.lq * kernels.table.real_size
-    call.scale, call.causal = scale, causal
-    call.stop = &own_stop if stop is None else &stop[0]
-    call.next_item = &next_item
-    call.handler_error = <void *>handler_error
+    def __cinit__(self, Kernels kernels, Storage rows, Storage stored, strides, shape, plan,
+                  double scale, bint causal):
+        cdef Workspace unplaced
+        cdef Call *call = &self.call
+        (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, self.threads,
+         self.chains, self.members, self.items, self.whole) = plan
+        call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
+        call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
+        (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
+         call.out_head, call.out_row) = strides
+        call.heads, call.group, call.lq, call.d, call.dv = shape
+        call.lse_head = call.lq * call.kernels.real_size
+        call.scale, call.causal = scale, causal
+        self.workspace_bytes = lay_out(call, NULL, &unplaced)
 
-    size = lay_out(&call, NULL, &unplaced)
-    chained = chains * (state_bytes(&call) + <Py_ssize_t>sizeof(int64_t))
-    if posix_memalign(<void **>&scratch, FC_ALIGN, size * threads + chained):
-        raise MemoryError(f"no memory for {threads} workspaces of {size} bytes")
-    call.chains = scratch + size * threads
-    call.turns = <int64_t *>(call.chains + chains * state_bytes(&call))
-    memset(call.chains, 0, chained)
-    try:
-        with nogil:
-            attend_items(&call, items, members, threads, scratch, size)
-    finally:
-        free(scratch)
-    if handler_error:
-        raise handler_error[0]
+    def attend(self, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, cnp.ndarray lse,
+               int threads, int[::1] stop=None):
+        """out and lse (or None) <- attention of every item.
 
+        stop: one flag that ends the call early when another thread sets it.
+        """
+        cdef Call call = self.call
+        cdef const int64_t[:, ::1] items = self.whole if threads == 1 else self.items
+        cdef Py_ssize_t chains = 0 if threads == 1 else self.chains
+        cdef Py_ssize_t scratch_size = self.workspace_bytes * threads
+        cdef Py_ssize_t state = state_bytes(&call)
+        cdef Py_ssize_t chained = chains * (state + <Py_ssize_t>sizeof(int64_t))
+        cdef int own_stop = 0
+        cdef int64_t next_item = 0
+        cdef list handler_error = []
+        cdef char *scratch = NULL
 
-def workspace_bytes(Kernels kernels, int d, int dv, tile):
-    """Scratch of one thread."""
-    cdef Call call
-    cdef Workspace unplaced
-    call.kernels = kernels.table
-    call.d, call.dv, call.scale = d, dv, 0
-    call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v = tile
-    return lay_out(&call, NULL, &unplaced)
+        call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
+        call.out = cnp.PyArray_BYTES(out)
+        call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
+        call.stop = &own_stop if stop is None else &stop[0]
+        call.next_item = &next_item
+        call.handler_error = <void *>handler_error
+        if posix_memalign(<void **>&scratch, FC_ALIGN, scratch_size + chained):
+            raise MemoryError(f"no memory for {threads} workspaces of {self.workspace_bytes} bytes")
+        call.chains = scratch + scratch_size
+        call.turns = <int64_t *>(call.chains + chains * state)
+        memset(call.chains, 0, chained)
+        try:
+            with nogil:
+                attend_items(&call, items, self.members, threads, scratch, self.workspace_bytes)
+        finally:
+            free(scratch)
+        if handler_error:
+            raise handler_error[0]
 
 
 def isas():

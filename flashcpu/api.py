@@ -1,6 +1,6 @@
 """`attention`: check (problem.py), plan (plan.py), run (_engine.pyx)."""
 
-from functools import partial
+from functools import lru_cache
 
 import numpy as np
 
@@ -127,9 +127,10 @@ def attention(
     >>> bool((last == attention(q, k, v, causal=True)[:, :, 99:]).all())
     True
     """
-    problem.refuse(
-        window=window, mask=mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
-    )
+    if not (window is mask is softcap is alibi_slopes is sinks is None):
+        problem.refuse(
+            window=window, mask=mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
+        )
     q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
     asked = problem.describe(
         (q.dtype, k.dtype, v.dtype),
@@ -151,26 +152,32 @@ def attention(
     if 0 in asked.lse_shape:
         return (result, lse) if return_lse else result
 
-    isa = machine.isa()
-    kernels, lanes = machine.kernels(asked.rows, asked.stored, isa)
-    strides = asked.result_strides(result.strides)
-    cut = plan.cut(asked, lanes, strides, kv_len, q_start, tiles)
-    threads = min(cut.threads, threading_.limit(threads)) if cut.threads > 1 else 1
-    call = partial(
-        _engine.attend,
-        kernels,
-        machine.storage(asked.rows, lanes.arithmetic, isa),
-        machine.storage(asked.stored, lanes.arithmetic, isa),
-        (q, k, v, result, lse),
-        (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
-        (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),
-        cut,
-        asked.scale * problem.LOG2_E,
-        asked.causal,
-        threads,
-    )
-    threading_.run(call, threads)
+    alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
+    make = prepare_once if alike and plan.is_small(asked) else prepare
+    call = make(asked, result.strides, kv_len, q_start, tiles, machine.isa())
+    threads = min(call.threads, threading_.limit(threads)) if call.threads > 1 else 1
+    threading_.run(call.attend, (q, k, v, result, lse, threads), threads)
     if out is not None and result is not out:
         out[...] = result
         result = out
     return (result, lse) if return_lse else result
+
+
+def prepare(asked, out_strides, kv_len, q_start, tiles, isa):
+    """The call for a Problem: planned, for a result with these strides, on an instruction set."""
+    kernels, lanes = machine.kernels(asked.rows, asked.stored, isa)
+    strides = asked.result_strides(out_strides)
+    return _engine.Prepared(
+        kernels,
+        machine.storage(asked.rows, lanes.arithmetic, isa),
+        machine.storage(asked.stored, lanes.arithmetic, isa),
+        (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
+        (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),
+        plan.cut(asked, lanes, strides, kv_len, q_start, tiles),
+        asked.scale * problem.LOG2_E,
+        asked.causal,
+    )
+
+
+# Planning again would be felt where little is computed: see plan.is_small.
+prepare_once = lru_cache(maxsize=256)(prepare)

@@ -4,6 +4,9 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flashcpu._engine import Prepared
+from flashcpu.problem import Problem
+
 # float64, float32, float16, or the bfloat16 of ml_dtypes.
 Result: TypeAlias = NDArray[Any]
 Real: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
@@ -48,3 +51,11 @@ def attention(
     threads: int | None = None,
     tiles: Sequence[int] | None = None,
 ) -> tuple[Result, Real]: ...
+def prepare(
+    asked: Problem,
+    out_strides: tuple[int, ...],
+    kv_len: int | NDArray[np.int64],
+    q_start: int | NDArray[np.int64] | None,
+    tiles: tuple[int, int] | None,
+    isa: str,
+) -> Prepared: ...

@@ -96,7 +96,9 @@ class KVCache:
                 (depth if value_depth is None else value_depth, "value_depth"),
             )
         )
-        dtype = np.dtype(dtype).newbyteorder("=")
+        dtype = np.dtype(dtype)
+        if not dtype.isnative:
+            dtype = dtype.newbyteorder("=")
         if dtype.name not in STORED:
             raise TypeError(f"dtype must be one of {', '.join(STORED)}; got {dtype.name}")
         self._fixed = capacity is not None

@@ -8,7 +8,6 @@ change a bit of the result. Next: _engine.pyx.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,8 @@ STRIPS = 4
 KEYS = 128
 # Work below which starting threads costs more than they save: about 50 us of multiply-adds.
 SMALL = 2_500_000
+# Multiply-adds in the time that it takes to read a number out of memory.
+READING = 8
 # Items to cut at least, if there are rows or spans for it, so that the last one never keeps a
 # thread alone for long. A number of its own, not one of the thread count: a plan serves any.
 ITEMS = 32
@@ -70,26 +71,25 @@ class Plan(NamedTuple):
     whole: np.ndarray  # the items before their keys were cut, for one thread
 
 
+def is_small(problem):
+    """Whether a plan is worth remembering: planning would be felt, and there is little to keep."""
+    rows = math.prod(problem.lead) * problem.Hkv * (problem.Lq * problem.group + 100)
+    return rows < REMEMBERED
+
+
 def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     """The plan of a call.
 
     out_strides are those of the result, (lead ..., head, row) in bytes; kv_len and q_start are ints
     or int64 arrays, one a member (q_start may be None); tiles is None or (Tq, Tk).
     """
-    alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
-    small = math.prod(problem.lead) * problem.Hkv * (problem.Lq * problem.group + 100) < REMEMBERED
-    make = _cut_remembered if alike and small else _cut
-    return make(problem, lanes, out_strides, kv_len, q_start, tiles)
-
-
-def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
     few = _few(problem, lanes, rows)
     strips, keys = _tile(problem, lanes, tiles, rows, few, len(members))
     whole = _items(problem, lanes, members, rows, strips)
     items, chains, spans = _chains(whole, lanes.span, strips)
-    work = int(members[:, KV_LEN].sum()) * rows * problem.Hkv * (problem.D + problem.Dv)
+    numbers = int(members[:, KV_LEN].sum()) * problem.Hkv * (problem.D + problem.Dv)
     for table in (members, items, whole):
         table.setflags(write=False)
     return Plan(
@@ -99,15 +99,12 @@ def _cut(problem, lanes, out_strides, kv_len, q_start, tiles):
         spans=spans,
         stage_k=not few and _staged(problem, lanes, problem.k_strides[1], problem.D),
         stage_v=not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0)),
-        threads=1 if work < SMALL else max(1, len(items)),
+        threads=1 if numbers * max(rows, READING) < SMALL else max(1, len(items)),
         chains=chains,
         members=members,
         items=items,
         whole=whole,
     )
-
-
-_cut_remembered = lru_cache(maxsize=256)(_cut)
 
 
 def _few(problem, lanes, rows):

@@ -73,20 +73,22 @@ def limit(threads):
     return threads or min(_engine.omp_threads(), usable_cores())
 
 
-def run(call, threads):
-    """call(stop), on a thread that libgomp does not know when this process was forked.
+def run(call, arguments, threads):
+    """call(*arguments), on a thread that libgomp does not know when this process was forked.
+
+    There it also gets an array of one flag: stop when it is set.
 
     libgomp keeps its pool of threads with the thread that made it; in a forked child that pool is
     dead and the next parallel region waits for it for ever. A new thread starts with a new pool.
     """
     if not _forked or threads == 1:
-        return call(None)
+        return call(*arguments)
     stop = np.zeros(1, np.int32)
     errors = []
 
     def on_new_thread():
         try:
-            call(stop)
+            call(*arguments, stop)
         except BaseException as error:
             errors.append(error)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checks import LAYOUTS, assert_same_bits, misaligned, normal, spread
 
-from flashcpu import _engine, attention, machine, plan, problem
+from flashcpu import api, attention, machine, plan, problem
 
 ROWS = 60
 
@@ -224,15 +224,13 @@ def test_many_calls_with_chains_at_once_and_again(any_dtype, rng):
 @pytest.mark.parametrize("rows", [1, 60])
 def test_scratch_does_not_depend_on_the_number_of_keys(rows, any_dtype):
     """That of a thread, and the states that the links of a chain hand on."""
-    kernels, lanes = machine.kernels(*[problem.NAMES[any_dtype.name]] * 2, machine.isa())
     sizes, chains = set(), set()
     for keys in (10**5, 10**6, 10**7):
         shapes = (rows, 64), (keys, 64), (keys, 64)
         rows_of = (64 * any_dtype.itemsize, any_dtype.itemsize)
         asked = problem.describe((any_dtype,) * 3, shapes, (rows_of,) * 3, None, False)
-        cut = plan.cut(asked, lanes, asked.result_strides(rows_of), keys, None, None)
-        tile = cut[: plan.Plan._fields.index("threads")]
-        sizes.add(_engine.workspace_bytes(kernels, 64, 64, tile))
-        chains.add(cut.chains)
+        prepared = api.prepare(asked, rows_of, keys, None, None, machine.isa())
+        sizes.add(prepared.workspace_bytes)
+        chains.add(prepared.chains)
     assert len(sizes) == len(chains) == 1
     assert sizes.pop() < 2 << 20

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, normal
 
-from flashcpu import attention, machine, threads
+from flashcpu import attention, machine, plan, threads
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals as POSIX has them")
 
@@ -524,3 +524,32 @@ def test_an_instruction_set_without_fma_gives_other_bits(rng):
         best = attention(q, k, v)
         assert_same_bits(attention(q, k, v), best)
     assert (scalar != best).any()
+
+
+def test_a_small_question_is_planned_once(monkeypatch, rng):
+    """Found again, not made again: a tiny call must not pay for it twice."""
+
+    def plans(q, k, times=2, **options):
+        """How many plans these calls made."""
+        made = []
+        original = plan.cut
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "cut", lambda *args: made.append(args) or original(*args))
+            results = [attention(q, k, k, **options) for _ in range(times)]
+        for again in results:
+            np.testing.assert_array_equal(again, results[0])
+        return len(made)
+
+    q, k = (rng.standard_normal((1, 2, n, 11)) for n in (17, 100))
+    assert plans(q, k) == 1
+    assert plans(q, k) == 0
+    assert plans(q, k, kv_len=99) == 1  # a growing cache: once for all its layers
+    assert plans(q, k, kv_len=98, q_start=3) == 1
+    assert plans(q, k, tiles=(1, 1)) == 1
+    for other in set(machine.ISAS) - {machine.isa()}:
+        with machine.use_isa(other):
+            assert plans(q, k) == 1
+    # What differs between members, and what is large, is not kept.
+    many = np.broadcast_to(q, (3, *q.shape[1:])), np.broadcast_to(k, (3, *k.shape[1:]))
+    assert plans(*many, kv_len=[100, 50, 7]) == 2
+    assert plans(np.zeros((1, 1, plan.REMEMBERED, 1)), np.zeros((1, 1, 1, 1))) == 2
