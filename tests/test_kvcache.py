@@ -603,3 +603,12 @@ def test_the_examples_hold():
     results = doctest.testmod(kvcache)
     assert results.attempted > 5
     assert results.failed == 0
+
+
+def test_large_caches_begin_with_a_huge_page():
+    """Only such arrays get any; small ones take no more memory than they need."""
+    large = KVCache(1, 3, 64, dtype=np.float32, capacity=2048)
+    assert large.keys.ctypes.data % (2 << 20) == large.values.ctypes.data % (2 << 20) == 0
+    assert large.nbytes == 2 * 3 * 2048 * 64 * 4
+    small = KVCache(1, 3, 64, dtype=np.float32, capacity=256)
+    assert small._k.base is None
