@@ -235,6 +235,7 @@ INLINE void v_store_elems_n(elem *p, vec x, int n) {
 #define PIECE ((int)(16 / sizeof(real)))
 #define PACKED ((int)(sizeof(real) / sizeof(elem)))
 typedef real piece __attribute__((vector_size(16)));
+typedef uint32_t piece_bits __attribute__((vector_size(16)));
 typedef real piece_unaligned __attribute__((vector_size(16), aligned(sizeof(elem)), may_alias));
 
 /* One piece of W / PIECE rows. */
@@ -256,6 +257,16 @@ INLINE vec v_load_pieces(const char *const rows[LANES], ptrdiff_t at) {
     return PIECE_AT(0);
 #endif
 #undef PIECE_AT
+}
+
+INLINE piece v_first_piece(vec x) {
+#if VEC_BYTES == 64
+    return (piece)_mm512_castps512_ps128((__m512)x);
+#elif VEC_BYTES == 32
+    return (piece)_mm256_castps256_ps128((__m256)x);
+#else
+    return x;
+#endif
 }
 
 /* Element i of each unit-sized number, as reals. */
