@@ -40,8 +40,8 @@ def attention(
         16-bit numbers are computed with in float32, and the result is rounded once. Where the
         CPU has dot products of bfloat16 and all of q, k and v are bfloat16, they are used: then
         weights are rounded to bfloat16 too, the lse within 2**-9 is that of the rounded ones,
-        numbers below 2**-126 count as 0 and such products may, and q @ k.T must fit float32 before
-        it is scaled.
+        numbers below 2**-126 count as 0 and such products may, and scores from 2**100 on may count
+        as infinite.
     k : (..., Hkv, Lkv, D) array, of the dtype of q; of 16 bits also with q float32
         Keys. Hq must be a multiple of Hkv; consecutive groups of Hq / Hkv query heads share a KV
         head.

@@ -35,7 +35,7 @@ struct fc_strip {
     int cold;           /* nothing has been fetched for this tile yet */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     double scale;       /* of the scores, times log2 e */
-    void *qt;           /* [d][nv*W] queries, transposed, times scale * log2 e */
+    void *qt;           /* [d][nv*W] queries, transposed, times scale * log2 e (storage.inc) */
     void *m, *l, *o;    /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
     void *m0, *l0, *o0; /* the same of all spans before it, merged */
     void *s;            /* [nk][nv*W] scores of the tile, then its weights */

@@ -737,18 +737,26 @@ static double counted(const struct target *t, double weight) {
     return weight < 0x1p-126 ? 0 : widen(t->stored_format, narrow(t->stored_format, weight));
 }
 
+/* What queries take of the scale: all of it, in pairs a power of two where it is out of the
+ * ordinary; scores take the rest. */
+static double scale_of_queries(const struct target *t, double scale) {
+    int exponent;
+    frexp(scale, &exponent);
+    const double power = ldexp(scale != 0, MIN(exponent + 23, MAX(0, exponent - 97)));
+    return t->kernels->step == 1 ? scale : power;
+}
+
 /* A float's product, sum and quotient are right when rounded from those in double, so `double` can
  * stand for either type here. */
 static void follow_contract(const struct target *t, const struct problem *p, int row, char *out,
                             char *lse) {
     const int size = p->size, n = (int)p->ends[row], d = p->d, dv = p->dv;
-    const int pairs = t->kernels->step > 1;
-    const double scale = rounded(size, p->scale);
+    const double taken = rounded(size, scale_of_queries(t, p->scale));
+    const double rest = t->kernels->step == 1 || taken == 0 ? 1 : rounded(size, p->scale / taken);
     double m0 = -INFINITY, l0 = 0, *o0 = must(calloc((size_t)dv, 8)),
            *o = must(calloc((size_t)dv, 8)), *q = must(calloc((size_t)d, 8));
     for (int i = 0; i < d; i++) {
-        q[i] = get(p->q, row * d + i, size);
-        q[i] = pairs ? q[i] : rounded(size, scale * q[i]);
+        q[i] = rounded(size, taken * get(p->q, row * d + i, size));
     }
     for (int span = 0; span < n; span += FC_SPAN) {
         double m = -INFINITY, l = 0;
@@ -758,7 +766,7 @@ static void follow_contract(const struct target *t, const struct problem *p, int
             double s[FC_BLOCK], old = m, sum = 0;
             for (int key = 0; key < keys; key++) {
                 s[key] = chain(t, p, p->k, (ptrdiff_t)(block + key) * d, 1, q, d, 0);
-                s[key] = pairs ? rounded(size, scale * s[key]) : s[key];
+                s[key] = rounded(size, rest * s[key]);
                 m = MAX(m, s[key]);
             }
             const double alpha = power(t, size, old, m);
@@ -1083,6 +1091,39 @@ static void check_smallest_weights(const struct target *t) {
     free(out2);
     free(lse);
     free_problem(&p);
+}
+
+/* Products that the scale brings back into the range of float32, and scales at its ends. */
+static void check_scales(struct target *targets, int count) {
+    static const struct {
+        int q, k; /* powers of two */
+        double scale;
+    } sizes[] = {
+        {63, 63, 0x1.4p-123},  {100, 26, -0x1.4p-123},
+        {26, 100, 0x1.4p-123}, {0, 120, 0x1.4p-120},
+        {120, 0, -0x1.4p-120}, {0, 20, 0x1.4p-24},
+        {0, 21, 0x1.4p-25},    {-63, -63, 0x1.4p126},
+        {-90, -36, 0x1.4p126}, {-36, -90, -0x1.4p126},
+        {-96, 0, 0x1.4p96},    {0, -97, 0x1.4p97},
+        {-64, -64, FLT_MAX},   {60, 60, 0},
+        {60, 60, 0x1p-1070},   {100, 100, 0x1.4p-101},
+    };
+    const int size = targets->kernels->real_size;
+    random_state = 3;
+    for (int i = 0; i < 2 * COUNT(sizes); i++) {
+        const int rows = i % 2 ? 1 + random_below(12) : 13 + random_below(MAX_ROWS - 12);
+        struct problem p =
+            make_problem(targets, rows, 1 + random_below(300), 65, 5, i % MASKS, 1, 0);
+        for (int at = 0; at < rows * p.d; at++) {
+            put(p.q, at, size, ldexp(get(p.q, at, size), sizes[i / 2].q));
+        }
+        for (int at = 0; at < p.keys * p.d; at++) {
+            put(p.k, at, size, ldexp(get(p.k, at, size), sizes[i / 2].k));
+        }
+        p.scale = sizes[i / 2].scale;
+        check_problem(targets, count, &p, "scale");
+        free_problem(&p);
+    }
 }
 
 /* Ends far away on either side of the tile. */
@@ -1528,6 +1569,9 @@ static void check_dtype(const char *stored, const char *arithmetic, const char *
     /* 5 has no divisor in common with the lengths. */
     check_tiles(targets, count, own ? 1 : 5, turns);
     check_spans(targets, count, own ? 1 : 2, turns);
+    if (own) { /* f16 has no numbers of such sizes */
+        check_scales(targets, count);
+    }
 
     const struct target *first = NULL;
     for (int i = 0; i < count; i++) {
