@@ -187,6 +187,64 @@ def test_scores_that_overflow_float32_are_infinite(rows, bfloat16):
     assert np.isnan(attention(q, k, v).astype(np.float32)).all()
 
 
+# Powers of two of q and k. Their products overflow, underflow, or fit float32; with the scale they
+# are of ordinary size.
+BROUGHT_BACK = [
+    *((63, 63), (100, 26), (26, 100), (0, 120), (120, 0)),
+    *((-64, -63), (-100, -26), (-26, -100), (0, -100), (-100, 0)),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 12, 60])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+@pytest.mark.parametrize("powers", BROUGHT_BACK, ids=str)
+def test_powers_of_two_may_move_between_queries_keys_and_scale(powers, heads, rows, bfloat16, rng):
+    """Not a bit changes: so a scale may bring back what overflows float32, or would be lost."""
+    Hq, Hkv = heads
+    q, k, v = normal(rng, (Hq, rows, 64), (Hkv, 300, 64), (Hkv, 300, 9), dtype=bfloat16)
+    q, k, v = q[None], k[None], v[None]
+    far = [np.ldexp(x.astype(np.float64), power) for x, power in zip((q, k), powers, strict=True)]
+    far_q, far_k = (x.astype(bfloat16) for x in far)
+    far_scale = 1.3 * 2.0 ** -sum(powers)
+    out, lse = attention(far_q, far_k, v, scale=far_scale, causal=True, return_lse=True)
+    for scale, sign in ((1.3, 1), (-1.3, -1)):
+        near = attention(sign * q, k, v, scale=scale, causal=True, return_lse=True)
+        assert_same_bits(out, near[0])
+        assert_same_bits(lse, near[1])
+    assert_same_bits(attention(-far_q, far_k, v, scale=-far_scale, causal=True), out)
+
+    stored = [x.astype(np.float64) for x in (far_q, far_k, v)]
+    true = oracle(*stored, scale=far_scale, causal=True)[0]
+    naive = oracle(*widened(q, k, v), scale=1.3, causal=True, dtype=np.float32)[0].astype(bfloat16)
+    error, allowed = (np.abs(x.astype(np.float64) - true) for x in (out, naive))
+    assert error.max() <= 2 * allowed.max()
+
+    for special in (np.inf, -np.inf, np.nan):
+        far_q[0, 0, -1, 5] = special
+        out = attention(far_q, far_k, v, scale=far_scale)
+        wide = attention(*widened(far_q, far_k, v), scale=far_scale)
+        np.testing.assert_array_equal(np.isnan(out.astype(np.float32)), np.isnan(wide))
+
+
+@pytest.mark.parametrize("rows", [1, 12, 60])
+def test_a_scale_that_float32_has_not_in_full_brings_products_back(rows, bfloat16):
+    """Of a subnormal float: less exact, but all there."""
+    q = np.full((rows, 1), 1e25, bfloat16)
+    k, v = (np.array(x, bfloat16)[:, None] for x in ([0, 1e20, 1e20], [2, 1, 1]))
+    assert (attention(q, k, v, scale=1e-40) == 1).all()
+    assert (attention(q, -k, v, scale=-1e-40) == 1).all()
+
+
+@pytest.mark.parametrize("rows", [1, 12, 60])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 5e-324, -1e-300, 1e-90])
+def test_scores_of_zero_whatever_the_products(scale, rows, bfloat16, rng):
+    q, k = (np.ldexp(x, 110).astype(bfloat16) for x in normal(rng, (rows, 33), (301, 33)))
+    (v,) = normal(rng, (301, 5), dtype=bfloat16)
+    assert_same_bits(attention(q, k, v, scale=scale), attention(0 * q, k, v, scale=1))
+    q[0, 32] = np.inf  # 0 times infinity
+    assert np.isnan(attention(q, k, v, scale=scale)[0].astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("rows", [1, 12, 60])
 @pytest.mark.parametrize("payload", [0x7F81, 0x7FFF, 0xFF81])
 def test_nan_in_16_bits_reaches_the_rows_that_see_it(payload, rows, half, rng):
