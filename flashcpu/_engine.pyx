@@ -598,8 +598,8 @@ cdef class Prepared:
         call.scale, call.causal = scale, causal
         self.workspace_bytes = lay_out(call, NULL, &unplaced)
 
-    def attend(self, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, cnp.ndarray lse,
-               int threads, int[::1] stop=None):
+    def attend(self, cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+               cnp.ndarray out not None, cnp.ndarray lse, int threads, int[::1] stop=None):
         """out and lse (or None) <- attention of every item.
 
         stop: one flag that ends the call early when another thread sets it.

@@ -162,7 +162,8 @@ class KVCache:
 
     @property
     def nbytes(self):
-        """Bytes of that memory; what was never written is usually not resident."""
+        """Bytes of that memory; what was never written is usually not resident, but for the rest of
+        a huge page (2 MiB) of which some was."""
         return self._k.nbytes + self._v.nbytes
 
     def __repr__(self):

@@ -33,6 +33,8 @@ SPANS = 8
 # Query rows (100 more for each KV head) up to which a plan is remembered: where planning would be
 # felt. So no more than about 256 plans of 30 KB are kept, whatever is computed.
 REMEMBERED = 20_000
+# And keys of all KV heads: the items of a chain grow with them.
+REMEMBERED_KEYS = 1 << 20
 # What is widened is staged where lanes are queries, so that lanes are keys up to a larger share of
 # them (FEW_SHARE in kernels/decode.inc has the figures).
 WIDENED = 1 / 8
@@ -74,7 +76,8 @@ class Plan(NamedTuple):
 def is_small(problem):
     """Whether a plan is worth remembering: planning would be felt, and there is little to keep."""
     rows = math.prod(problem.lead) * problem.Hkv * (problem.Lq * problem.group + 100)
-    return rows < REMEMBERED
+    keys = math.prod(problem.lead) * problem.Hkv * problem.Lkv
+    return rows < REMEMBERED and keys < REMEMBERED_KEYS
 
 
 def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
