@@ -381,8 +381,9 @@ class KVCache:
 
         Old memory is never moved in, so that views of it stay what they were. New memory is for
         twice what is needed: over all growth less than one copy a position, and an append after a
-        prefill finds room; the spare half is usually not resident before it is written. The same
-        rule makes a window's trimming rare: once in as many positions as it keeps.
+        prefill finds room; the spare half is usually not resident before it is written, but for the
+        rest of huge pages. The same rule makes a window's trimming rare: once in as many positions
+        as it keeps.
         """
         if max(map(operator.sub, lengths, self._start)) <= self.capacity:
             return
@@ -440,7 +441,8 @@ class KVCache:
 def _memory(shape, dtype):
     """An array that has huge pages, from half of one on: reading it is up to a third faster.
 
-    From 4 MiB on NumPy asks the system for them; an array gets them where it begins with one.
+    From 4 MiB on NumPy asks the system for them; an array gets them where it begins with one. A
+    page is resident as a whole, so an array of half a page may take twice its memory.
     """
     size = math.prod(shape) * dtype.itemsize
     try:

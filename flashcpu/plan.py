@@ -30,8 +30,8 @@ READING = 8
 ITEMS = 32
 # Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.
 SPANS = 8
-# Query rows (100 more for each KV head) up to which a plan is remembered: where planning would be
-# felt. So no more than about 256 plans of 30 KB are kept, whatever is computed.
+# Query rows (100 more for each KV head) up to which api.prepare_once remembers a call: where
+# planning would be felt. So no more than about 256 plans of some 30 KB are kept.
 REMEMBERED = 20_000
 # And keys of all KV heads: the items of a chain grow with them.
 REMEMBERED_KEYS = 1 << 20
@@ -52,7 +52,7 @@ class Lanes(NamedTuple):
     vectors: int  # vectors in a strip
     block: int  # keys between two rescales
     span: int  # keys between two merges
-    few_share: float  # of a strip's lanes; with fewer rows lanes are better keys
+    few_share: float  # of the lanes of a strip's vectors: with at most so many rows they are keys
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 

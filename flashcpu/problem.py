@@ -86,7 +86,8 @@ def operand(array, name):
             raise ValueError(f"{name} is not an array: {error}") from None
     dtype = array.dtype
     if dtype is not F32 and dtype is not F64:
-        if dtype.type.__name__ not in NAMES:  # the name of the dtype, found faster
+        # The name of the type is found faster, and of what is named otherwise the dtype's counts.
+        if dtype.type.__name__ not in NAMES and dtype.name not in NAMES:
             raise TypeError(
                 f"{name} has dtype {dtype}; float64, float32, float16 or bfloat16 is needed"
             )

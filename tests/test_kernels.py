@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent / "kernels"
-KERNELS = HERE.parent.parent / "flashcpu" / "kernels"
 CC = shlex.split(os.environ.get("CC", "gcc"))
 SKIPPED = 77  # the exit status of aarch64.sh where its tools are missing
 
@@ -20,11 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def kernels_test(tmp_path_factory):
-    """The test program, built with the flags of setup.py."""
+    """The test program."""
     program = tmp_path_factory.mktemp("kernels") / "kernels_test"
-    sources = [KERNELS / "dispatch.c", *sorted(HERE.glob("*.c"))]
-    flags = ["-std=gnu11", "-O3", "-ffp-contract=off", f"-I{KERNELS}"]
-    subprocess.run([*CC, *flags, *sources, "-lm", "-o", program], check=True)
+    subprocess.run([HERE / "build.sh", shlex.join(CC), program], check=True)
     return program
 
 

@@ -610,5 +610,8 @@ def test_large_caches_begin_with_a_huge_page():
     large = KVCache(1, 3, 64, dtype=np.float32, capacity=2048)
     assert large.keys.ctypes.data % (2 << 20) == large.values.ctypes.data % (2 << 20) == 0
     assert large.nbytes == 2 * 3 * 2048 * 64 * 4
-    small = KVCache(1, 3, 64, dtype=np.float32, capacity=256)
-    assert small._k.base is None
+    # NumPy asks the system for huge pages from 4 MiB on.
+    for positions, has_huge_pages in ((1 << 12, True), ((1 << 12) - 1, False)):
+        around = KVCache(1, 1, 64, dtype=np.float32, capacity=positions)  # 1 MiB and less
+        assert (around.keys.base.nbytes >= 4 << 20) == has_huge_pages
+    assert large.keys.base.nbytes >= 4 << 20

@@ -549,7 +549,11 @@ def test_a_small_question_is_planned_once(monkeypatch, rng):
     for other in set(machine.ISAS) - {machine.isa()}:
         with machine.use_isa(other):
             assert plans(q, k) == 1
-    # What differs between members, and what is large, is not kept.
+    # What differs between members, and what is large, is not kept: many rows, heads, members, keys.
+    for shape in ((1, 250, 1, 1), (250, 1, 1, 1)):
+        few = np.ones(shape)
+        assert plans(few, few) == 2
+    assert plans(np.ones((1, 4)), np.broadcast_to(np.ones(4), (plan.REMEMBERED_KEYS, 4))) == 2
     many = np.broadcast_to(q, (3, *q.shape[1:])), np.broadcast_to(k, (3, *k.shape[1:]))
     assert plans(*many, kv_len=[100, 50, 7]) == 2
     assert plans(np.zeros((1, 1, plan.REMEMBERED, 1)), np.zeros((1, 1, 1, 1))) == 2

@@ -349,6 +349,15 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
     assert few_rows(many, "f16") == set(range(1, 49))  # what would be staged
 
 
+def test_few_rows_count_what_reading_costs_when_threads_are_chosen():
+    """One row against so many keys is little to multiply, and much to read."""
+    D = 64
+    few = plan.SMALL // (2 * D * plan.READING)
+    for keys, many in ((few, False), (few * plan.READING // 2, True)):
+        assert 2 * D * keys < plan.SMALL
+        assert (cut(ask((1, 1, 1, D), (1, 1, keys, D)), LANES[0]).threads > 1) == many
+
+
 def test_empty_problems_have_no_items():
     for q_shape, k_shape in [
         ((0, 2, 5, 8), (0, 2, 7, 8)),

@@ -88,7 +88,7 @@ struct fc_kernels {
                        int nk, int full);
     /* (m0, l0, o0) <- merge of (m0, l0, o0) and (m, l, o) */
     void (*merge)(const struct fc_strip *);
-    /* the same for few query rows: for so large a share of a strip's lanes they are faster */
+    /* the same for few query rows: faster up to this share of the lanes of a strip's vectors */
     double few_share;
     void (*softmax_few)(const struct fc_strip *, int nk, int full);
     void (*merge_few)(const struct fc_strip *);

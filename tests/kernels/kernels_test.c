@@ -500,7 +500,7 @@ static void attend(const struct target *t, const struct problem *p, const struct
         const int vectors = (count - row + lanes - 1) / lanes;
         struct fc_strip strip = {0};
         if (how->few) {
-            strip.nq = MIN(FC_NV * kernels->lanes, count - row);
+            strip.nq = MIN(FC_NV * lanes, count - row);
             strip.nv = (strip.nq + lanes - 1) / lanes;
         } else {
             strip.nv = how->widen                              ? FC_NV
@@ -1156,11 +1156,10 @@ static void check_merge(const struct target *t, int few) {
     const struct fc_kernels *kernels = t->kernels;
     const int size = kernels->real_size, dv = 5, lanes = kernels->lanes;
     const int padded = (int)whole(dv, lanes);
-    for (int nv = 1; nv <= (few ? (int)whole(FC_NV * kernels->lanes, lanes) / lanes : FC_NV);
-         nv++) {
+    for (int nv = 1; nv <= FC_NV; nv++) {
         struct scratch scratch = {{0}, {0}, 0};
         struct fc_strip strip = {.nq = 1, .nv = nv, .d = 1, .dv = dv};
-        const int rows = few ? MIN(FC_NV * kernels->lanes, nv * lanes) : nv * lanes;
+        const int rows = nv * lanes;
         const int of_row = few ? padded : 1, of_column = few ? 1 : rows;
         const size_t line = (size_t)nv * lanes * size,
                      o_bytes = (size_t)rows * size * (few ? padded : dv);
