@@ -449,6 +449,127 @@ cdef bint merge_spans(const Call *call, const int64_t *item, const Workspace *wo
     return True
 
 
+cdef int64_t span_end(int64_t key) noexcept nogil:
+    """Where the span of a key ends."""
+    return (key // FC_SPAN + 1) * FC_SPAN
+
+
+cdef int aim(const Call *call, const int64_t *item, const Workspace *work, int i, int64_t key,
+             int nk, fc_strip *strip, int *full) noexcept nogil:
+    """Strip i as the kernels need it for nk keys of one span, key and those after it.
+
+    Rows see the keys up to their ends, in ascending order. Returns how many of these keys are seen
+    by any row of the strip; `full` of them by all.
+    """
+    cdef const int64_t *ends = work.row_end + i * FC_NV * call.kernels.lanes
+    cdef int n
+    strip[0] = work.strips[i]
+    n = <int>min(<int64_t>nk, ends[strip.nq - 1] - key)
+    full[0] = <int>max(<int64_t>0, min(<int64_t>n, ends[0] - key))
+    if key < FC_SPAN:
+        # The first span needs no merge: it streams into the merged state itself.
+        strip.m, strip.l, strip.o = strip.m0, strip.l0, strip.o0
+    strip.fresh = key % FC_SPAN == 0
+    if full[0] < n:
+        call.kernels.see(strip, ends, key)
+    strip.rows_left = item[ITEM_KEY1] - key
+    strip.ahead, strip.cold = AHEAD, key == item[ITEM_KEY0]
+    return n
+
+
+cdef void begin_span(const Call *call, const Workspace *work, int strips, int waiting,
+                     int64_t key) noexcept nogil:
+    """Where a span begins, the strips stream into a state of its own."""
+    if key % FC_SPAN == 0 and key > 0:
+        place_states(call, work.spans + waiting * state_bytes(call), work, strips, False)
+
+
+cdef int end_span(const Call *call, const int64_t *item, const Workspace *work, int strips,
+                  int waiting, int64_t key) noexcept nogil:
+    """Where a span ends, its state is merged or waits: tells how many wait now."""
+    cdef bint last = key == item[ITEM_KEY1]
+    if key <= FC_SPAN or (key % FC_SPAN != 0 and not last):
+        return waiting
+    waiting += 1
+    return 0 if merge_spans(call, item, work, strips, key, waiting, last) else waiting
+
+
+cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *work, int strips,
+                     int waiting, const char *k, const char *v, int64_t key,
+                     int64_t tile_end) noexcept nogil:
+    """Stream the keys of one tile, inside a span, past all strips. Tells how many spans wait."""
+    cdef const fc_kernels *kernels = call.kernels
+    cdef const fc_storage *stored = call.stored
+    cdef const void *k_tile = k + key * call.k_row
+    cdef const void *v_tile = v + key * call.v_row
+    cdef ptrdiff_t ldk = call.k_row // stored.elem_size, ldv = call.v_row // stored.elem_size
+    cdef ptrdiff_t panel = kernels.panel
+    cdef int nk = <int>(tile_end - key), n, full, i
+    cdef fc_strip strip
+    if call.stage_k:
+        stored.stage_rows(work.k, k_tile, ldk, nk, call.d)
+        k_tile, ldk = work.k, (call.d + kernels.step - 1) // kernels.step * kernels.step
+    if call.stage_v:
+        stored.stage_panels(work.v, v_tile, ldv, nk, call.dv)
+        v_tile, ldv = work.v, kernels.panel
+        panel = <ptrdiff_t>(nk + kernels.step - 1) // kernels.step * kernels.panel
+    begin_span(call, work, strips, waiting, key)
+    for i in range(strips):
+        n = aim(call, item, work, i, key, nk, &strip, &full)
+        if n <= 0:
+            continue
+        if strip.fresh:
+            kernels.start_span(&strip)
+        if strips == 1 and not call.stage_v:
+            strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
+            strip.soon_rows, strip.soon_bytes = n, call.dv * stored.elem_size
+        call.steps.scores(&strip, k_tile, ldk, n, full)
+        call.steps.softmax(&strip, n, full)
+        strip.soon_rows = 0
+        if strips == 1 and not call.stage_k:
+            strip.soon, strip.soon_stride = k + tile_end * call.k_row, call.k_row
+            strip.soon_rows = <int>min(<int64_t>nk, item[ITEM_KEY1] - tile_end)
+            strip.soon_bytes = call.d * stored.elem_size
+        call.steps.accumulate(&strip, v_tile, ldv, panel, n, full)
+    return end_span(call, item, work, strips, waiting, tile_end)
+
+
+cdef int attend_tile_few(const Call *call, const int64_t *item, const Workspace *work,
+                         int waiting, const char *k, const char *v, int64_t key,
+                         int64_t tile_end) noexcept nogil:
+    """The same for few rows. First the scores of all spans of the tile, then their values.
+
+    Memory gives the more, the longer it is read in one place.
+    """
+    cdef const fc_kernels *kernels = call.kernels
+    cdef Py_ssize_t elem = call.stored.elem_size
+    cdef int64_t at = key, end
+    cdef int n, full
+    cdef fc_strip strip
+    while at < tile_end:
+        end = min(span_end(at), tile_end)
+        n = aim(call, item, work, 0, at, <int>(end - at), &strip, &full)
+        if n > 0:
+            strip.s = <char *>strip.s + (at - key) * call.few * kernels.real_size
+            call.steps.scores(&strip, k + at * call.k_row, call.k_row // elem, n, full)
+        at = end
+    at = key
+    while at < tile_end:
+        end = min(span_end(at), tile_end)
+        begin_span(call, work, 1, waiting, at)
+        n = aim(call, item, work, 0, at, <int>(end - at), &strip, &full)
+        if n > 0:
+            strip.s = <char *>strip.s + (at - key) * call.few * kernels.real_size
+            if strip.fresh:
+                kernels.start_span(&strip)
+            call.steps.softmax(&strip, n, full)
+            call.steps.accumulate(&strip, v + at * call.v_row, call.v_row // elem, kernels.panel,
+                                  n, full)
+        waiting = end_span(call, item, work, 1, waiting, end)
+        at = end
+    return waiting
+
+
 cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member, char *scratch,
                       double *looked) noexcept nogil:
     """Stream the keys of one item past its query rows.
@@ -456,76 +577,25 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
     The last step of the ladder, flash_attention_algorithmic, on strips; spans of keys are joined as
     in flash_attention.
     """
-    cdef const fc_kernels *kernels = call.kernels
-    cdef const fc_storage *stored = call.stored
     cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
     cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
-    cdef const void *k_tile
-    cdef const void *v_tile
-    cdef ptrdiff_t ldk, ldv, panel
-    cdef int64_t key = item[ITEM_KEY0], span_end, end
-    cdef int64_t *ends
-    cdef int strips, nk, n, full, i, waiting = 0
-    cdef Py_ssize_t state = state_bytes(call)
-    cdef fc_strip strip
+    cdef int64_t key = item[ITEM_KEY0], tile_end
+    cdef int strips, waiting = 0
     cdef Workspace work
 
     lay_out(call, scratch, &work)
     if item[ITEM_CHAIN] >= 0:
-        work.merged = call.chains + item[ITEM_CHAIN] * state
+        work.merged = call.chains + item[ITEM_CHAIN] * state_bytes(call)
     strips = pack_rows(call, item, member, &work)
     while key < item[ITEM_KEY1]:
-        span_end = min((key // FC_SPAN + 1) * FC_SPAN, item[ITEM_KEY1])
-        nk = <int>min(<int64_t>call.keys, span_end - key)
-        k_tile, ldk = k + key * call.k_row, call.k_row // stored.elem_size
-        v_tile, ldv, panel = v + key * call.v_row, call.v_row // stored.elem_size, kernels.panel
-        if call.stage_k:
-            stored.stage_rows(work.k, k_tile, ldk, nk, call.d)
-            k_tile, ldk = work.k, (call.d + kernels.step - 1) // kernels.step * kernels.step
-        if call.stage_v:
-            stored.stage_panels(work.v, v_tile, ldv, nk, call.dv)
-            v_tile, ldv = work.v, kernels.panel
-            panel = <ptrdiff_t>(nk + kernels.step - 1) // kernels.step * kernels.panel
-        if key % FC_SPAN == 0 and key > 0:
-            place_states(call, work.spans + waiting * state, &work, strips, False)
-
-        for i in range(strips):
-            strip = work.strips[i]
-            ends = work.row_end + i * FC_NV * kernels.lanes
-            # Rows see the keys up to their ends, in ascending order: n of this tile are seen by
-            # any row of the strip, `full` by all of them.
-            end = min(span_end, ends[strip.nq - 1])
-            n = <int>min(<int64_t>nk, end - key)
-            if key < FC_SPAN:
-                # The first span needs no merge: it streams into the merged state itself.
-                strip.m, strip.l, strip.o = strip.m0, strip.l0, strip.o0
-            if n <= 0:
-                continue
-            strip.fresh = key % FC_SPAN == 0
-            if strip.fresh:
-                kernels.start_span(&strip)
-            full = <int>max(<int64_t>0, min(<int64_t>n, ends[0] - key))
-            if full < n:
-                kernels.see(&strip, ends, key)
-            strip.rows_left = item[ITEM_KEY1] - key
-            strip.ahead, strip.cold = AHEAD, key == item[ITEM_KEY0]
-            if strips == 1 and not call.stage_v:
-                strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
-                strip.soon_rows, strip.soon_bytes = n, call.dv * stored.elem_size
-            call.steps.scores(&strip, k_tile, ldk, n, full)
-            call.steps.softmax(&strip, n, full)
-            strip.soon_rows = 0
-            if strips == 1 and not call.stage_k:
-                strip.soon, strip.soon_stride = k + (key + nk) * call.k_row, call.k_row
-                strip.soon_rows = <int>min(<int64_t>nk, item[ITEM_KEY1] - key - nk)
-                strip.soon_bytes = call.d * stored.elem_size
-            call.steps.accumulate(&strip, v_tile, ldv, panel, n, full)
-        if key >= FC_SPAN and key + nk == span_end:
-            waiting += 1
-            if merge_spans(call, item, &work, strips, span_end, waiting,
-                           span_end == item[ITEM_KEY1]):
-                waiting = 0
-        key += nk
+        tile_end = min(key + call.keys, item[ITEM_KEY1])
+        if call.keys <= FC_SPAN:
+            tile_end = min(tile_end, span_end(key))
+        if call.few:
+            waiting = attend_tile_few(call, item, &work, waiting, k, v, key, tile_end)
+        else:
+            waiting = attend_tile(call, item, &work, strips, waiting, k, v, key, tile_end)
+        key = tile_end
 
         if call.stop[0]:
             return

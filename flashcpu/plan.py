@@ -21,6 +21,10 @@ Q, K, V, OUT, KV_LEN, Q_START = range(6)
 # f32 and f64 for D = 64 and 128).
 STRIPS = 4
 KEYS = 128
+# Most scores of a tile of few rows: as many spans as fit into L1 are read as one stream of K, then
+# one of V. Out of memory one query is 2 to 6 % faster so on one thread than span by span (f32, f16,
+# bf16; 8/8 and 32/8 heads), two threads and four queries are not slower.
+SCORES = 4096
 # Work below which starting threads costs more than they save: about 50 us of multiply-adds.
 SMALL = 2_500_000
 # Multiply-adds in the time that it takes to read a number out of memory.
@@ -115,7 +119,7 @@ def _few(problem, lanes, rows):
     vectors = -(-rows // lanes.width)
     share = lanes.few_share + (WIDENED if problem.stored != lanes.arithmetic else 0)
     most = lanes.vectors if problem.Lkv >= MANY * lanes.block else 1
-    return vectors <= most and rows <= share * vectors * lanes.width
+    return 0 < rows <= share * vectors * lanes.width and vectors <= most
 
 
 def _staged(problem, lanes, row_stride, length):
@@ -155,19 +159,22 @@ def _row_end(problem, members, row):
 
 
 def _tile(problem, lanes, tiles, rows, few, count):
-    """(strips, keys) of a cache tile."""
+    """(strips, keys) of a cache tile: keys of one span, or with few rows of several whole ones."""
     strip_rows = lanes.width * lanes.vectors
     all_strips = max(1, -(-rows // strip_rows))
     all_keys = max(1, -(-problem.Lkv // lanes.block)) * lanes.block
     if tiles is not None:
+        strips = min(-(-tiles[0] // strip_rows), all_strips)
         keys = -(-tiles[1] // lanes.block) * lanes.block
-        return min(-(-tiles[0] // strip_rows), all_strips), min(keys, all_keys, lanes.span)
-    if few:
-        return 1, min(lanes.span, all_keys)
-    strips = min(STRIPS, all_strips)
-    while strips > 1 and -(-all_strips // strips) * problem.Hkv * count < ITEMS:
-        strips -= 1
-    return strips, min(KEYS, all_keys)
+    elif few:
+        strips, keys = 1, max(SCORES // rows, lanes.span)
+    else:
+        strips, keys = min(STRIPS, all_strips), KEYS
+        while strips > 1 and -(-all_strips // strips) * problem.Hkv * count < ITEMS:
+            strips -= 1
+    if keys > lanes.span:
+        keys = keys // lanes.span * lanes.span if few else lanes.span
+    return strips, min(keys, all_keys)
 
 
 def _items(problem, lanes, members, rows, strips):

@@ -112,11 +112,25 @@ def test_no_item_is_larger_than_the_tile_that_was_asked_for(lanes):
 
 @every_lanes
 def test_tiles_are_whole_strips_and_whole_blocks_inside_a_span(lanes):
-    for _, planned in every_plan(lanes):
+    """But with few rows, where they may be several spans, and with the last keys a part of one."""
+    for asked, planned in every_plan(lanes):
         assert planned.strips >= 1
         assert planned.keys >= lanes.block
         assert planned.keys % lanes.block == 0
-        assert planned.keys <= lanes.span
+        if planned.few and planned.keys > lanes.span:
+            all_keys = -(-asked.Lkv // lanes.block) * lanes.block
+            assert planned.keys % lanes.span == 0 or planned.keys == all_keys
+        else:
+            assert planned.keys <= lanes.span
+
+
+@every_lanes
+def test_tiles_of_few_rows_are_spans_whose_scores_fit_into_l1(lanes):
+    for rows in (1, 2, 3, 5, 16):
+        for tiles, keys in ((None, max(plan.SCORES // rows, lanes.span)), ((1, 900), 900)):
+            planned = cut(ask((1, 1, rows, 64), (1, 1, 10**5, 64)), lanes, tiles=tiles)
+            if planned.few:
+                assert planned.keys == keys // lanes.span * lanes.span
 
 
 @every_lanes

@@ -3,8 +3,8 @@
  * SIMD here; the functions are written once, and compiled for each instruction set in isa/.
  *
  * A strip is up to 3 vectors of query rows, one row in a lane; with few rows decode.inc has a
- * layout of its own. A tile is a run of keys inside one span. Both lengths below are part of the
- * contract: they fix the order of every rounding. */
+ * layout of its own. The kernels see a run of keys inside one span. Both lengths below are part of
+ * the contract: they fix the order of every rounding. */
 #ifndef FLASHCPU_KERNELS_H
 #define FLASHCPU_KERNELS_H
 
