@@ -454,9 +454,10 @@ cdef int64_t span_end(int64_t key) noexcept nogil:
     return (key // FC_SPAN + 1) * FC_SPAN
 
 
-cdef int aim(const Call *call, const int64_t *item, const Workspace *work, int i, int64_t key,
-             int nk, fc_strip *strip, int *full) noexcept nogil:
-    """Strip i as the kernels need it for nk keys of one span, key and those after it.
+cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *work, int i,
+                      int64_t tile, int64_t key, int nk, fc_strip *strip,
+                      int *full) noexcept nogil:
+    """Strip i as the kernels need it for nk keys of one span, from `key` on, in the tile at `tile`.
 
     Rows see the keys up to their ends, in ascending order. Returns how many of these keys are seen
     by any row of the strip; `full` of them by all.
@@ -469,6 +470,8 @@ cdef int aim(const Call *call, const int64_t *item, const Workspace *work, int i
     if key < FC_SPAN:
         # The first span needs no merge: it streams into the merged state itself.
         strip.m, strip.l, strip.o = strip.m0, strip.l0, strip.o0
+    # The scores of one span after the other, where a tile holds several.
+    strip.s = <char *>strip.s + (key - tile) * call.few * call.kernels.real_size
     strip.fresh = key % FC_SPAN == 0
     if full[0] < n:
         call.kernels.see(strip, ends, key)
@@ -515,7 +518,7 @@ cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *wor
         panel = <ptrdiff_t>(nk + kernels.step - 1) // kernels.step * kernels.panel
     begin_span(call, work, strips, waiting, key)
     for i in range(strips):
-        n = aim(call, item, work, i, key, nk, &strip, &full)
+        n = set_up_strip(call, item, work, i, key, key, nk, &strip, &full)
         if n <= 0:
             continue
         if strip.fresh:
@@ -537,9 +540,10 @@ cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *wor
 cdef int attend_tile_few(const Call *call, const int64_t *item, const Workspace *work,
                          int waiting, const char *k, const char *v, int64_t key,
                          int64_t tile_end) noexcept nogil:
-    """The same for few rows. First the scores of all spans of the tile, then their values.
+    """The same for few rows, and a tile of one or several spans.
 
-    Memory gives the more, the longer it is read in one place.
+    First the scores of all spans, then their values: two long streams, out of memory faster than
+    short ones in turn.
     """
     cdef const fc_kernels *kernels = call.kernels
     cdef Py_ssize_t elem = call.stored.elem_size
@@ -548,18 +552,16 @@ cdef int attend_tile_few(const Call *call, const int64_t *item, const Workspace 
     cdef fc_strip strip
     while at < tile_end:
         end = min(span_end(at), tile_end)
-        n = aim(call, item, work, 0, at, <int>(end - at), &strip, &full)
+        n = set_up_strip(call, item, work, 0, key, at, <int>(end - at), &strip, &full)
         if n > 0:
-            strip.s = <char *>strip.s + (at - key) * call.few * kernels.real_size
             call.steps.scores(&strip, k + at * call.k_row, call.k_row // elem, n, full)
         at = end
     at = key
     while at < tile_end:
         end = min(span_end(at), tile_end)
         begin_span(call, work, 1, waiting, at)
-        n = aim(call, item, work, 0, at, <int>(end - at), &strip, &full)
+        n = set_up_strip(call, item, work, 0, key, at, <int>(end - at), &strip, &full)
         if n > 0:
-            strip.s = <char *>strip.s + (at - key) * call.few * kernels.real_size
             if strip.fresh:
                 kernels.start_span(&strip)
             call.steps.softmax(&strip, n, full)

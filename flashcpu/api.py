@@ -79,8 +79,8 @@ def attention(
         Largest number of threads. Default: what OpenMP says at the time of the call
         (OMP_NUM_THREADS, threadpoolctl), within the affinity and the cgroup quota of the process.
     tiles : (int, int), optional
-        Query rows and keys of a cache tile, rounded up to what the kernels need. Never changes a
-        bit of the result.
+        Query rows and keys of a cache tile, rounded to what the kernels need. Never changes a bit
+        of the result.
     window, mask, softcap, alibi_slopes, sinks
         Not supported yet; NotImplementedError unless None.
 

@@ -23,7 +23,7 @@ STRIPS = 4
 KEYS = 128
 # Most scores of a tile of few rows: as many spans as fit into L1 are read as one stream of K, then
 # one of V. Out of memory one query is 2 to 6 % faster so on one thread than span by span (f32, f16,
-# bf16; 8/8 and 32/8 heads), two threads and four queries are not slower.
+# bf16; 8/8 and 32/8 heads; beside tiles=(1, 256)), two threads and four queries are not slower.
 SCORES = 4096
 # Work below which starting threads costs more than they save: about 50 us of multiply-adds.
 SMALL = 2_500_000
