@@ -67,11 +67,12 @@ cdef extern from "kernels/kernels.h" nogil:
         FC_SPAN
         FC_NV
         FC_ALIGN
+    Py_ssize_t FC_FEW_STRIDE(Py_ssize_t real_size)
 
     struct fc_strip:
         int nq, nv, d, dv, fresh, ahead, cold
         int64_t rows_left
-        double scale
+        double scale, power
         void *qt
         void *m
         void *l
@@ -89,6 +90,7 @@ cdef extern from "kernels/kernels.h" nogil:
     struct fc_storage:
         const char *isa
         int elem_size
+        double few_power
         void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -265,9 +267,9 @@ cdef char *carve(char **at, Py_ssize_t size) noexcept nogil:
 
 cdef Py_ssize_t bytes_for(const Call *call, Py_ssize_t length) noexcept nogil:
     """`length` numbers for every row of a strip: transposed, or few rows one after the other."""
-    cdef Py_ssize_t lanes = call.kernels.lanes
+    cdef Py_ssize_t lanes = call.kernels.lanes, vectors = call.kernels.step * lanes
     if call.few:
-        return call.few * ((length + lanes - 1) // lanes * lanes) * call.kernels.real_size
+        return call.few * ((length + vectors - 1) // vectors * vectors) * call.kernels.real_size
     return length * FC_NV * lanes * call.kernels.real_size
 
 
@@ -293,6 +295,7 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     cdef Py_ssize_t real = kernels.real_size, step = kernels.step
     cdef Py_ssize_t lanes = FC_NV * kernels.lanes
     cdef Py_ssize_t blocks = (call.keys + FC_BLOCK - 1) // FC_BLOCK
+    cdef Py_ssize_t spans = (call.keys + FC_SPAN - 1) // FC_SPAN
     cdef char *at = base
     cdef fc_strip strip
     cdef int i
@@ -304,12 +307,15 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     into.merged = carve(&at, state_bytes(call))
     into.spans = carve(&at, call.spans * state_bytes(call))
     memset(&strip, 0, sizeof(fc_strip))
-    strip.d, strip.dv, strip.scale = call.d, call.dv, call.scale
-    strip.s = carve(&at, bytes_for(call, blocks * FC_BLOCK))
+    strip.d, strip.dv, strip.scale, strip.power = call.d, call.dv, call.scale, call.stored.few_power
+    if call.few:
+        strip.s = carve(&at, spans * call.few * FC_FEW_STRIDE(real))
+    else:
+        strip.s = carve(&at, bytes_for(call, blocks * FC_BLOCK))
     strip.alpha = carve(&at, blocks * lanes * real)
     strip.end = carve(&at, lanes * real)
     for i in range(call.strips):
-        strip.qt = carve(&at, bytes_for(call, (call.d + step - 1) // step))
+        strip.qt = carve(&at, bytes_for(call, (call.d + step - 1) // step) + FC_ALIGN)
         if base is not NULL:
             into.strips[i] = strip
     if call.stage_k:
@@ -471,7 +477,8 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
         # The first span needs no merge: it streams into the merged state itself.
         strip.m, strip.l, strip.o = strip.m0, strip.l0, strip.o0
     # The scores of one span after the other, where a tile holds several.
-    strip.s = <char *>strip.s + (key - tile) * call.few * call.kernels.real_size
+    strip.s = <char *>strip.s + (key - tile) // FC_SPAN * call.few * FC_FEW_STRIDE(
+        call.kernels.real_size)
     strip.fresh = key % FC_SPAN == 0
     if full[0] < n:
         call.kernels.see(strip, ends, key)

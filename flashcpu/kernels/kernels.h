@@ -22,6 +22,9 @@
 #define FC_SPAN 256
 /* Vectors of query rows in a full strip. */
 #define FC_NV 3
+/* Bytes from a row's scores to the next row's, with few rows: those of a span, and a line more, or
+ * the rows would stand in the same sets of L1. */
+#define FC_FEW_STRIDE(real_size) (FC_SPAN * (real_size) + FC_ALIGN)
 /* What the workspace is aligned to, in bytes: unaligned scratch cost AVX2 a third of its speed. */
 #define FC_ALIGN 64
 
@@ -35,6 +38,7 @@ struct fc_strip {
     int cold;           /* nothing has been fetched for this tile yet */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     double scale;       /* of the scores, times log2 e */
+    double power;       /* what queries take besides, with few rows: few_power, where they can */
     void *qt;           /* [d][nv*W] queries, transposed, times scale * log2 e (storage.inc) */
     void *m, *l, *o;    /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
     void *m0, *l0, *o0; /* the same of all spans before it, merged */
@@ -50,7 +54,8 @@ struct fc_strip {
 /* How a dtype is stored, and moved into and out of an arithmetic. */
 struct fc_storage {
     const char *dtype, *arithmetic, *isa;
-    int elem_size; /* bytes of a stored element */
+    int elem_size;    /* bytes of a stored element */
+    double few_power; /* scores_few may read K as 1 / few_power of what it is */
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows);

@@ -511,20 +511,22 @@ static void attend(const struct target *t, const struct problem *p, const struct
         strip.d = p->d;
         strip.dv = p->dv;
         strip.scale = p->scale;
+        strip.power = t->stored->few_power;
         struct scratch scratch = {{0}, {0}, 0};
         const size_t line = (size_t)strip.nv * lanes * size;
         const size_t tile = (size_t)MAX(1, MIN(MIN(how->tile, FC_SPAN), keys));
-        /* Of few rows each is padded to whole vectors, or blocks of keys. */
+        /* Of few rows each is padded to whole vectors, and has room for the scores of a span. */
         const size_t of_rows = (size_t)strip.nq * size;
-        const size_t o_bytes = how->few ? of_rows * whole(p->dv, lanes) : line * p->dv;
-        strip.qt = take(&scratch, how->few ? of_rows * whole(units, lanes) : line * units);
+        const size_t o_bytes =
+            how->few ? of_rows * whole(p->dv, t->kernels->step * lanes) : line * p->dv;
+        strip.qt = take(&scratch, how->few ? of_rows * whole(units, lanes) + size : line * units);
         strip.m = take(&scratch, line);
         strip.l = take(&scratch, line);
         strip.o = take(&scratch, o_bytes);
         strip.m0 = take(&scratch, line);
         strip.l0 = take(&scratch, line);
         strip.o0 = take(&scratch, o_bytes);
-        strip.s = take(&scratch, how->few ? of_rows * whole(tile, FC_BLOCK) : line * tile);
+        strip.s = take(&scratch, how->few ? strip.nq * FC_FEW_STRIDE((size_t)size) : line * tile);
         strip.alpha = take(&scratch, line * ((tile + FC_BLOCK - 1) / FC_BLOCK));
         strip.end = take(&scratch, line);
         /* Lanes without a row read the last one; what they would write has no address. */
@@ -1155,7 +1157,7 @@ static void check_see(const struct target *t) {
 static void check_merge(const struct target *t, int few) {
     const struct fc_kernels *kernels = t->kernels;
     const int size = kernels->real_size, dv = 5, lanes = kernels->lanes;
-    const int padded = (int)whole(dv, lanes);
+    const int padded = (int)whole(dv, kernels->step * lanes);
     for (int nv = 1; nv <= FC_NV; nv++) {
         struct scratch scratch = {{0}, {0}, 0};
         struct fc_strip strip = {.nq = 1, .nv = nv, .d = 1, .dv = dv};
@@ -1232,30 +1234,40 @@ static void check_widening(const struct target *t) {
     check(right, "a %s number is not widened exactly when it is staged", t->stored->dtype);
 }
 
-/* As scores_few reads them: one number in a key, at each place of a piece of K, against 1. */
+/* As scores_few reads them: one number in a key, at each place of a piece of K, against a small
+ * query and a large one, in order, and with infinity and NaN among the others. */
 static void check_widening_few(const struct target *t) {
     const int lanes = t->kernels->lanes;
     enum { D = 8 };
+    static const struct {
+        float query;
+        int factor; /* odd */
+    } ways[] = {{1, 1}, {1, 40503}, {0x1p30f, 1}};
     struct scratch scratch = {{0}, {0}, 0};
     struct fc_strip strip = {.nq = 1, .nv = 1, .d = D, .dv = 1, .scale = 1};
-    strip.qt = take(&scratch, (size_t)whole(D, lanes) * 4);
-    strip.s = take(&scratch, FC_SPAN * 4);
+    strip.power = t->stored->few_power;
+    strip.qt = take(&scratch, (size_t)(whole(D, lanes) + 1) * 4);
+    strip.s = take(&scratch, FC_FEW_STRIDE(4));
     int right = 1;
-    for (int at = 0; at < D; at++) {
-        char q[D * 4] = {0};
-        const void *q_at = q;
-        put(q, at, 4, 1);
-        t->rows->pack_few(&strip, &q_at);
-        for (int first = 0; first < 0x10000; first += FC_SPAN) {
-            uint16_t *k = (uint16_t *)memset(place(AREA_K, FC_SPAN * D * 2, 0), 0, FC_SPAN * D * 2);
-            for (int i = 0; i < FC_SPAN; i++) {
-                k[i * D + at] = (uint16_t)(first + i);
-            }
-            t->stored->scores_few(&strip, k, D, FC_SPAN, FC_SPAN);
-            for (int i = 0; i < FC_SPAN; i++) {
-                const double got = get(strip.s, i, 4); /* 0 + -0 is 0 */
-                right &= got == 0 ? (first + i) % 0x8000 == 0
-                                  : is_widened(t, (uint16_t)(first + i), got);
+    for (int way = 0; way < 3; way++) {
+        for (int at = 0; at < D; at++) {
+            char q[D * 4] = {0};
+            const void *q_at = q;
+            put(q, at, 4, ways[way].query);
+            t->rows->pack_few(&strip, &q_at);
+            for (int first = 0; first < 0x10000; first += FC_SPAN) {
+                uint16_t *k = (uint16_t *)place(AREA_K, FC_SPAN * D * 2, 0);
+                memset(k, 0, FC_SPAN * D * 2);
+                for (int i = 0; i < FC_SPAN; i++) {
+                    k[i * D + at] = (uint16_t)((first + i) * ways[way].factor);
+                }
+                t->stored->scores_few(&strip, k, D, FC_SPAN, FC_SPAN);
+                for (int i = 0; i < FC_SPAN; i++) {
+                    const float wide = (float)widen(t->stored_format, k[i * D + at]);
+                    const float want = wide * ways[way].query;
+                    const double got = get(strip.s, i, 4);
+                    right &= isnan(want) ? isnan(got) : got == want;
+                }
             }
         }
     }
@@ -1263,16 +1275,23 @@ static void check_widening_few(const struct target *t) {
     release(&scratch);
 }
 
+/* Where a column of a row of few stands: in pairs the 16 bytes of a row of V go to two vectors in
+ * turn. */
+static int few_column(const struct target *t, int column) {
+    const int lanes = t->kernels->lanes, group = t->kernels->step * lanes, at = column % group;
+    return t->kernels->step == 1 ? column : column - at + at / 4 % 2 * lanes + at / 8 * 4 + at % 4;
+}
+
 /* As results are rounded: all of them, what is half way between two neighbours, and the floats on
  * either side of that. */
 static void check_rounding(const struct target *t, int few) {
     const struct format *f = t->stored_format;
-    const int lanes = t->kernels->lanes, dv = 1021, apart = few ? 1 : lanes;
+    const int lanes = t->kernels->lanes, dv = 1021;
     struct scratch scratch = {{0}, {0}, 0};
     struct fc_strip strip = {.nq = 1, .nv = 1, .d = 1, .dv = dv};
     strip.m0 = take(&scratch, (size_t)lanes * 4);
     strip.l0 = take(&scratch, (size_t)lanes * 4);
-    strip.o0 = take(&scratch, (size_t)(few ? whole(dv, lanes) : dv * lanes) * 4);
+    strip.o0 = take(&scratch, (size_t)(few ? whole(dv, t->kernels->step * lanes) : dv * lanes) * 4);
     put(strip.m0, 0, 4, 0);
     put(strip.l0, 0, 4, 1);
     int wrong = 0;
@@ -1292,11 +1311,11 @@ static void check_rounding(const struct target *t, int few) {
                              : (first + i) % 4 == 1 ? nextafterf(half, -INFINITY)
                              : (first + i) % 4 == 2 ? half
                                                     : nextafterf(half, INFINITY);
-            put(strip.o0, i * apart, 4, x);
+            put(strip.o0, few ? few_column(t, i) : i * lanes, 4, x);
         }
         (few ? t->stored->finish_few : t->stored->finish)(&strip, &out_at, NULL);
         for (int i = 0; i < dv; i++) {
-            const double x = get(strip.o0, i * apart, 4);
+            const double x = get(strip.o0, few ? few_column(t, i) : i * lanes, 4);
             if (isnan(x) ? !isnan(widen(f, out[i])) : out[i] != narrow(f, x)) {
                 wrong++;
                 at = x;
