@@ -130,12 +130,11 @@ ROWS = (
 SETTLE = 0.12
 
 
-def checked_calls(row, contenders, counts):
+def checked_calls(row, arrays, contenders, counts):
     """The calls of a row, {(name, threads): call}, of those that gave a right answer.
 
     Stops where flashcpu did not.
     """
-    arrays = row.case.inputs()
 
     @cache
     def truth(expected):
@@ -170,9 +169,15 @@ def remark(text):
 def measured(row, contenders, counts, rounds, at_least):
     """Check and time a row; a summary for each number of threads."""
     isa = row.isa or machine.isa()
-    seconds_of = seconds_per_cold_call if row.is_cold else seconds_per_call
     with machine.use_isa(isa):
-        calls = checked_calls(row, contenders, counts)
+        arrays = row.case.inputs()
+        calls = checked_calls(row, arrays, contenders, counts)
+
+        def seconds_of(call):
+            if not row.is_cold:
+                return seconds_per_call(call, at_least)
+            return seconds_per_cold_call(call, getattr(call, "reads", arrays[1:]), at_least)
+
         fma = {count: [] for count in counts}
         read = {count: [] for count in counts}
         seconds = {key: [] for key in calls}
@@ -187,7 +192,7 @@ def measured(row, contenders, counts, rounds, at_least):
                         read[count].append(read_rate(row.case.stored_bytes, count))
                     for name, number in calls:
                         if number == count:
-                            took = seconds_of(calls[name, count], at_least)
+                            took = seconds_of(calls[name, count])
                             seconds[name, count].append(took)
                             time.sleep(SETTLE if count > 1 else 0)
     for count in counts:

@@ -164,42 +164,22 @@ def seconds_per_call(call, at_least):
         count = max(count + 1, math.ceil(count * min(100.0, 1.2 * at_least / took)))
 
 
-def seconds_per_cold_call(call, at_least):
-    """Median seconds of single calls that find nothing of K and V in a cache, but code and plans.
+def seconds_per_cold_call(call, arrays, at_least):
+    """Median seconds of single calls that find nothing of the arrays in a cache, but code and plans.
 
-    So it is in decoding: between two calls for a layer, the weights and the other layers' K and V
-    have passed through the caches. Five calls or more, which together last at_least.
+    So it is in decoding, where between two calls for a layer the other layers' K and V pass through
+    the caches. Five calls or more, which together last at_least.
     """
+    flush = machine.kernels("f32", "f32", machine.isa())[0].flush
     call()
     took = []
     while len(took) < 5 or sum(took) < at_least:
-        empty_caches()
+        for array in arrays:
+            flush(array.reshape(-1).view(np.uint8))
         start = time.perf_counter()
         call()
         took.append(time.perf_counter() - start)
     return median(took)
-
-
-def empty_caches():
-    """Read more than twice the last-level cache on every core at once.
-
-    The threads are Python's, which sleep when they are done: OpenMP's would go on spinning beside
-    the call that is timed next.
-    """
-    with ThreadPoolExecutor(max(1, usable_cores() - 1)) as pool:
-        others = [pool.submit(read_much) for _ in range(usable_cores() - 1)]
-        read_much()
-    for other in others:
-        other.result()
-
-
-def read_much():
-    machine.kernels("f32", "f32", machine.isa())[0].read_bytes(much(), 1)
-
-
-@cache
-def much():
-    return np.ones(2 * last_level_cache() + (1 << 20), np.uint8)
 
 
 def last_level_cache():

@@ -2,7 +2,8 @@
 
 A contender is a function of (case, q, k, v, threads) that returns a call without arguments, which
 returns out (B, Hq, Lq, D); or None where it does not do such a case. What can be done before the
-clock starts is done here: models are built, arrays are packed as the peer likes them best. Each
+clock starts is done here: models are built, arrays are packed as the peer likes them best; a call
+that reads copies of k and v names them as `reads`. Each
 peer uses the form that was fastest on such a case; where there is a choice, it says what the other
 one cost, on one thread of a Zen 4. Without a mask query heads that share a KV head are given as
 more query rows of it, if that is faster. Nothing here measures; next: compare.py.
@@ -345,6 +346,7 @@ def llamacpp_attention(case, q, k, v, threads):
         return out
 
     call.keeps = work  # of which plan has only the address
+    call.reads = [memory]
     return call
 
 

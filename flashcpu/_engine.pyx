@@ -117,6 +117,7 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*merge_few)(const fc_strip *) noexcept nogil
         double (*fma_loop)(long) noexcept nogil
         double (*read_loop)(const void *, size_t) noexcept nogil
+        void (*flush_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
@@ -194,6 +195,11 @@ cdef class Kernels:
         cdef int i
         for i in prange(threads, num_threads=threads, nogil=True):
             self.table.read_loop(&buffer[i * part], part)
+
+    def flush(self, const unsigned char[::1] buffer):
+        """Let no cache of any core have the buffer; where the CPU cannot do that, do nothing."""
+        if buffer.shape[0]:
+            self.table.flush_loop(&buffer[0], buffer.shape[0])
 
 
 cdef struct Steps:

@@ -98,9 +98,10 @@ struct fc_kernels {
     void (*softmax_few)(const struct fc_strip *, int nk, int full);
     void (*merge_few)(const struct fc_strip *);
 
-    /* what the machine can do, for benchmarks: limits.inc */
+    /* for benchmarks: limits.inc */
     double (*fma_loop)(long turns); /* returns how many flops it did */
     double (*read_loop)(const void *from, size_t bytes);
+    void (*flush_loop)(const void *from, size_t bytes);
 };
 
 /* Instruction sets this build has for this CPU, best first, ended by NULL. */
