@@ -11,7 +11,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,6 @@ import threadpoolctl
 
 from flashcpu import _engine, machine
 from flashcpu.reference import oracle, visible_keys
-from flashcpu.threads import usable_cores
 
 EPSILON = {"f64": 2**-52, "f32": 2**-23, "f16": 2**-10, "bf16": 2**-7}
 # Either one alone makes NumPy's OpenBLAS take kernels or blocks of another CPU.
@@ -165,7 +163,7 @@ def seconds_per_call(call, at_least):
 
 
 def seconds_per_cold_call(call, arrays, at_least):
-    """Median seconds of single calls that find nothing of the arrays in a cache, but code and plans.
+    """Median seconds of single calls that find code and plans in the caches, but not the arrays.
 
     So it is in decoding, where between two calls for a layer the other layers' K and V pass through
     the caches. Five calls or more, which together last at_least.
