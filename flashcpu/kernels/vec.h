@@ -433,6 +433,17 @@ INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
 }
 #endif
 
+/* The same with a unit in memory. GCC would make a vector of it first, in the pipes of the shuffles;
+ * of other products it makes one instruction by itself. */
+INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
+#if defined(FC_PAIRS) && defined(FC_AVX512)
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*(const unit_unaligned *)unit));
+    return c;
+#else
+    return v_dot(v_splat_unit(unit), b, c);
+#endif
+}
+
 /* One rounding where the instruction set has FMA: the scalar twin of v_fma. */
 INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b, c) : a * b + c; }
 
