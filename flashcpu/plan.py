@@ -41,7 +41,7 @@ REMEMBERED = 20_000
 REMEMBERED_KEYS = 1 << 20
 # What is widened is staged where lanes are queries, so that lanes are keys up to a larger share of
 # them (FEW_SHARE in kernels/decode.inc has the figures).
-WIDENED = 1 / 8
+WIDENED = 1 / 4
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
