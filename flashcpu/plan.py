@@ -42,6 +42,11 @@ REMEMBERED_KEYS = 1 << 20
 # What is widened is staged where lanes are queries, so that lanes are keys up to a larger share of
 # them (FEW_SHARE in kernels/decode.inc has the figures).
 WIDENED = 1 / 4
+# Keys from which they come out of memory rather than a cache. Nearer ones are as fast or faster by
+# lanes of queries where rows fill their vectors: f32, 16 rows, 64 to 128 keys 76 to 86 GFLOP/s, by
+# lanes of keys 65 to 71.
+LONG = 1024
+FULL = 7 / 8
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
@@ -117,7 +122,8 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
 def _few(problem, lanes, rows):
     """Whether lanes are better keys than query rows."""
     vectors = -(-rows // lanes.width)
-    share = lanes.few_share + (WIDENED if problem.stored != lanes.arithmetic else 0)
+    share = lanes.few_share if problem.Lkv >= LONG else min(lanes.few_share, FULL)
+    share += WIDENED if problem.stored != lanes.arithmetic else 0
     most = lanes.vectors if problem.Lkv >= MANY * lanes.block else 1
     return 0 < rows <= share * vectors * lanes.width and vectors <= most
 

@@ -27,7 +27,7 @@ problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
 LANES = [
-    plan.Lanes(16, 3, 64, 256, 0.88, "f32", 1),
+    plan.Lanes(16, 3, 64, 256, 1.0, "f32", 1),
     plan.Lanes(2, 3, 64, 256, 0.75, "f64", 1),
     plan.Lanes(4, 2, 8, 192, 0.0, "f32", 1),
 ]
@@ -361,6 +361,8 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
     assert few_rows(many - 1) == one
     assert few_rows(many) == one | set(range(17, 29)) | set(range(33, 43))
     assert few_rows(many, "f16") == set(range(1, 49))  # what would be staged
+    assert few_rows(1023) == few_rows(many)
+    assert few_rows(1024) == set(range(1, 49))  # out of memory
 
 
 def test_few_rows_count_what_reading_costs_when_threads_are_chosen():
