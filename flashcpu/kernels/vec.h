@@ -433,8 +433,8 @@ INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
 }
 #endif
 
-/* The same with a unit in memory. GCC would make a vector of it first, in the pipes of the shuffles;
- * of other products it makes one instruction by itself. */
+/* The same with a unit in memory. GCC would make a vector of it first, in the pipes of the
+ * shuffles; of other products it makes one instruction by itself. */
 INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
 #if defined(FC_PAIRS) && defined(FC_AVX512)
     __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*(const unit_unaligned *)unit));
