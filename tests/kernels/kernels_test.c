@@ -1242,14 +1242,14 @@ static void check_widening_few(const struct target *t) {
     static const struct {
         float query;
         int factor; /* odd */
-    } ways[] = {{1, 1}, {1, 40503}, {0x1p30f, 1}};
+    } ways[] = {{1, 1}, {1, 40503}, {0x1p30f, 1}, {-0x1p30f, 1}};
     struct scratch scratch = {{0}, {0}, 0};
     struct fc_strip strip = {.nq = 1, .nv = 1, .d = D, .dv = 1, .scale = 1};
     strip.power = t->stored->few_power;
     strip.qt = take(&scratch, (size_t)(whole(D, lanes) + 1) * 4);
     strip.s = take(&scratch, FC_FEW_STRIDE(4));
     int right = 1;
-    for (int way = 0; way < 3; way++) {
+    for (int way = 0; way < COUNT(ways); way++) {
         for (int at = 0; at < D; at++) {
             char q[D * 4] = {0};
             const void *q_at = q;
