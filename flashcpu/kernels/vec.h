@@ -364,8 +364,10 @@ INLINE void v_store_weights(elem *p, vec x) {
  * 16 bytes of a row begin with, x[1] the others. v_unzip brings what became of them in order. */
 INLINE void v_zip_elems(const elem *low, const elem *high, int n, vec x[2]) {
     const __mmask32 there = n >= 2 * W ? UINT32_MAX : ((uint32_t)1 << n) - 1;
-    const __m512i a = n >= 2 * W ? _mm512_loadu_si512(low) : _mm512_maskz_loadu_epi16(there, low);
-    const __m512i b = n >= 2 * W ? _mm512_loadu_si512(high) : _mm512_maskz_loadu_epi16(there, high);
+    __m512i a = n >= 2 * W ? _mm512_loadu_si512(low) : _mm512_maskz_loadu_epi16(there, low);
+    __m512i b = n >= 2 * W ? _mm512_loadu_si512(high) : _mm512_maskz_loadu_epi16(there, high);
+    /* Else GCC loads each for both zips: twice the lines, where rows begin within one. */
+    __asm__("" : "+v"(a), "+v"(b));
     x[0] = (vec)_mm512_unpacklo_epi16(a, b);
     x[1] = (vec)_mm512_unpackhi_epi16(a, b);
 }
