@@ -21,7 +21,6 @@ from flashcpu import attention, machine, plan, problem
 
 STRIPS = (1, 2, 3, 4, 6, 8)
 KEYS = (64, 128, 256, 512)
-# Enough heads for ITEMS of plan.py, so that its choice is not about sharing work among threads.
 CASES = tuple(
     Case(1, H, H, L, L, D, dtype)
     for dtype in ("f32", "f64")
@@ -41,7 +40,7 @@ def plans_own(q, k, v):
         False,
     )
     _, lanes = machine.kernels(asked.rows, asked.stored, machine.isa())
-    cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None)
+    cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None, 1)
     return (cut.strips, cut.keys), lanes.width * lanes.vectors
 
 

@@ -90,8 +90,8 @@ def scratch_bytes(q, k, v):
         None,
         False,
     )
-    call = prepare(asked, q.strides, asked.Lkv, None, None, machine.isa())
-    return call.workspace_bytes * min(call.threads, limit(None))
+    call = prepare(asked, q.strides, asked.Lkv, None, None, limit(None), machine.isa())
+    return call.workspace_bytes * call.threads
 
 
 def compare():

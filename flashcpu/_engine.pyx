@@ -663,9 +663,9 @@ cdef class Prepared:
     """
 
     cdef Call call
-    cdef const int64_t[:, ::1] members, items, whole
+    cdef const int64_t[:, ::1] members, items
     cdef readonly Py_ssize_t chains  # of items that hand on a state
-    cdef readonly int threads  # so many can be of use
+    cdef readonly int threads  # so many will run
     cdef readonly Py_ssize_t workspace_bytes  # scratch of one thread
 
     def __cinit__(self, Kernels kernels, Storage rows, Storage stored, strides, shape, plan,
@@ -673,7 +673,7 @@ cdef class Prepared:
         cdef Workspace unplaced
         cdef Call *call = &self.call
         (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, self.threads,
-         self.chains, self.members, self.items, self.whole) = plan
+         self.chains, self.members, self.items) = plan
         call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
         call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
         (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
@@ -684,17 +684,15 @@ cdef class Prepared:
         self.workspace_bytes = lay_out(call, NULL, &unplaced)
 
     def attend(self, cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-               cnp.ndarray out not None, cnp.ndarray lse, int threads, int[::1] stop=None):
+               cnp.ndarray out not None, cnp.ndarray lse, int[::1] stop=None):
         """out and lse (or None) <- attention of every item.
 
         stop: one flag that ends the call early when another thread sets it.
         """
         cdef Call call = self.call
-        cdef const int64_t[:, ::1] items = self.whole if threads == 1 else self.items
-        cdef Py_ssize_t chains = 0 if threads == 1 else self.chains
-        cdef Py_ssize_t scratch_size = self.workspace_bytes * threads
+        cdef Py_ssize_t scratch_size = self.workspace_bytes * self.threads
         cdef Py_ssize_t state = state_bytes(&call)
-        cdef Py_ssize_t chained = chains * (state + <Py_ssize_t>sizeof(int64_t))
+        cdef Py_ssize_t chained = self.chains * (state + <Py_ssize_t>sizeof(int64_t))
         cdef int own_stop = 0
         cdef int64_t next_item = 0
         cdef list handler_error = []
@@ -707,13 +705,16 @@ cdef class Prepared:
         call.next_item = &next_item
         call.handler_error = <void *>handler_error
         if posix_memalign(<void **>&scratch, FC_ALIGN, scratch_size + chained):
-            raise MemoryError(f"no memory for {threads} workspaces of {self.workspace_bytes} bytes")
+            raise MemoryError(
+                f"no memory for {self.threads} workspaces of {self.workspace_bytes} bytes"
+            )
         call.chains = scratch + scratch_size
-        call.turns = <int64_t *>(call.chains + chains * state)
+        call.turns = <int64_t *>(call.chains + self.chains * state)
         memset(call.chains, 0, chained)
         try:
             with nogil:
-                attend_items(&call, items, self.members, threads, scratch, self.workspace_bytes)
+                attend_items(&call, self.items, self.members, self.threads, scratch,
+                             self.workspace_bytes)
         finally:
             free(scratch)
         if handler_error:

@@ -154,16 +154,16 @@ def attention(
 
     alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
     make = prepare_once if alike and plan.is_small(asked) else prepare
-    call = make(asked, result.strides, kv_len, q_start, tiles, machine.isa())
-    threads = min(call.threads, threading_.limit(threads)) if call.threads > 1 else 1
-    threading_.run(call.attend, (q, k, v, result, lse, threads), threads)
+    most = threading_.limit(threads) if plan.is_worth_threads(asked, kv_len) else 1
+    call = make(asked, result.strides, kv_len, q_start, tiles, most, machine.isa())
+    threading_.run(call.attend, (q, k, v, result, lse), call.threads)
     if out is not None and result is not out:
         out[...] = result
         result = out
     return (result, lse) if return_lse else result
 
 
-def prepare(asked, out_strides, kv_len, q_start, tiles, isa):
+def prepare(asked, out_strides, kv_len, q_start, tiles, threads, isa):
     """The call for a Problem: planned, for a result with these strides, on an instruction set."""
     kernels, lanes = machine.kernels(asked.rows, asked.stored, isa)
     strides = asked.result_strides(out_strides)
@@ -173,7 +173,7 @@ def prepare(asked, out_strides, kv_len, q_start, tiles, isa):
         machine.storage(asked.stored, lanes.arithmetic, isa),
         (*asked.q_strides, *asked.k_strides, *asked.v_strides, *strides[-2:]),
         (asked.Hq, asked.group, asked.Lq, asked.D, asked.Dv),
-        plan.cut(asked, lanes, strides, kv_len, q_start, tiles),
+        plan.cut(asked, lanes, strides, kv_len, q_start, tiles, threads),
         asked.scale * problem.LOG2_E,
         asked.causal,
     )

@@ -57,5 +57,6 @@ def prepare(
     kv_len: int | NDArray[np.int64],
     q_start: int | NDArray[np.int64] | None,
     tiles: tuple[int, int] | None,
+    threads: int,
     isa: str,
 ) -> Prepared: ...

@@ -29,9 +29,15 @@ SCORES = 4096
 SMALL = 2_500_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
-# Items to cut at least, if there are rows or spans for it, so that the last one never keeps a
-# thread alone for long. A number of its own, not one of the thread count: a plan serves any.
+# Items of query rows to cut at least for several threads, if there are rows for it, so that the
+# last one never keeps a thread alone for long.
 ITEMS = 32
+# Items a thread should have where keys are cut, for the same reason; and what it costs to begin
+# one, in spans streamed: nothing is fetched yet, the states of its rows are made and handed on. Two
+# threads, beside 32 items: 6 of 3 KV heads (2048 keys, D = 64) 1.1 to 1.3 times as fast, 8 of 8 KV
+# heads (1024 keys, D = 128) 1.2 to 1.4, of 8192 keys 1.0 to 1.06.
+EVEN = 3
+BEGIN_FEW, BEGIN_MANY = 0.5, 0.1
 # Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.
 SPANS = 8
 # Query rows (100 more for each KV head) up to which api.prepare_once remembers a call: where
@@ -67,7 +73,7 @@ class Lanes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles, how many threads can be of use, and the two tables that the engine walks."""
+    """Tiles, how many threads will run, and the two tables that the engine walks."""
 
     few: int  # so few query rows that lanes are keys, the kernels of decode.inc; else 0
     strips: int
@@ -79,7 +85,6 @@ class Plan(NamedTuple):
     chains: int  # of items of the same rows, 0 where no keys are cut
     members: np.ndarray
     items: np.ndarray
-    whole: np.ndarray  # the items before their keys were cut, for one thread
 
 
 def is_small(problem):
@@ -89,20 +94,27 @@ def is_small(problem):
     return rows < REMEMBERED and keys < REMEMBERED_KEYS
 
 
-def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
+def is_worth_threads(problem, kv_len):
+    """Whether threads save more than it costs to start them."""
+    keys = kv_len * math.prod(problem.lead) if isinstance(kv_len, int) else int(kv_len.sum())
+    numbers = keys * problem.Hkv * (problem.D + problem.Dv)
+    return numbers * max(problem.Lq * problem.group, READING) >= SMALL
+
+
+def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     """The plan of a call.
 
     out_strides are those of the result, (lead ..., head, row) in bytes; kv_len and q_start are ints
-    or int64 arrays, one a member (q_start may be None); tiles is None or (Tq, Tk).
+    or int64 arrays, one a member (q_start may be None); tiles is None or (Tq, Tk). threads: at
+    most so many will run.
     """
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
     few = _few(problem, lanes, rows)
-    strips, keys = _tile(problem, lanes, tiles, rows, few, len(members))
-    whole = _items(problem, lanes, members, rows, strips)
-    items, chains, spans = _chains(whole, lanes.span, strips)
-    numbers = int(members[:, KV_LEN].sum()) * problem.Hkv * (problem.D + problem.Dv)
-    for table in (members, items, whole):
+    strips, keys = _tile(problem, lanes, tiles, rows, few, len(members), threads)
+    items = _items(problem, lanes, members, rows, strips)
+    items, chains, spans = _chains(items, lanes.span, strips, few, threads)
+    for table in (members, items):
         table.setflags(write=False)
     return Plan(
         few=rows if few else 0,
@@ -111,11 +123,10 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles):
         spans=spans,
         stage_k=not few and _staged(problem, lanes, problem.k_strides[1], problem.D),
         stage_v=not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0)),
-        threads=1 if numbers * max(rows, READING) < SMALL else max(1, len(items)),
+        threads=min(threads, max(1, len(items))),
         chains=chains,
         members=members,
         items=items,
-        whole=whole,
     )
 
 
@@ -164,7 +175,7 @@ def _row_end(problem, members, row):
     return end
 
 
-def _tile(problem, lanes, tiles, rows, few, count):
+def _tile(problem, lanes, tiles, rows, few, count, threads):
     """(strips, keys) of a cache tile: keys of one span, or with few rows of several whole ones."""
     strip_rows = lanes.width * lanes.vectors
     all_strips = max(1, -(-rows // strip_rows))
@@ -176,7 +187,8 @@ def _tile(problem, lanes, tiles, rows, few, count):
         strips, keys = 1, max(SCORES // rows, lanes.span)
     else:
         strips, keys = min(STRIPS, all_strips), KEYS
-        while strips > 1 and -(-all_strips // strips) * problem.Hkv * count < ITEMS:
+        parts = problem.Hkv * count  # times those of the strips
+        while threads > 1 and strips > 1 and -(-all_strips // strips) * parts < ITEMS:
             strips -= 1
     if keys > lanes.span:
         keys = keys // lanes.span * lanes.span if few else lanes.span
@@ -210,24 +222,34 @@ def _items(problem, lanes, members, rows, strips):
     return items.reshape(-1, 8)
 
 
-def _chains(items, span, strips):
-    """The items with their keys cut, if they are few, how many chains they make, and their spans.
+def _chains(items, span, strips, few, threads):
+    """The items with their keys cut if threads end sooner so, the chains, room for their spans.
 
     Links in turn: by the time that an item has streamed its spans, those before it are most often
     merged already.
     """
-    spans_of_item = -(-items[:, END] // span)
-    total = int(spans_of_item.sum())
-    if not 0 < len(items) < ITEMS or total <= len(items):
+    spans = -(-items[:, END] // span)
+    total = int(spans.sum())
+    if threads == 1 or total <= len(items):
         return items, 0, 1
-    spans = max(1, min(SPANS // strips, total // ITEMS))
-    links = np.maximum(1, -(-spans_of_item // spans))
+    begin = BEGIN_FEW if few else BEGIN_MANY
+    room = max(1, SPANS // strips)
+    uncut = np.ones_like(spans)
+    cuts = [np.maximum(1, -(-spans // most)) for most in range(room, 0, -1)]
+
+    def cost(links):
+        count = int(links.sum())
+        return count < EVEN * threads, -(-count // threads) * (total / count + begin)
+
+    links = min([uncut, *cuts], key=cost)
+    if links is uncut:
+        return items, 0, 1
     chain = np.repeat(np.arange(len(items)), links)
     link = np.arange(len(chain)) - np.repeat(np.cumsum(links) - links, links)
     order = np.argsort(link, kind="stable")
     chain, link = chain[order], link[order]
     cut = items[chain]
     cut[:, CHAIN] = chain
-    cut[:, KEY0] = link * spans * span
-    cut[:, KEY1] = np.minimum(cut[:, KEY0] + spans * span, cut[:, END])
-    return cut, len(items), spans
+    cut[:, KEY0] = link * spans[chain] // links[chain] * span
+    cut[:, KEY1] = np.minimum((link + 1) * spans[chain] // links[chain] * span, cut[:, END])
+    return cut, len(items), room

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checks import LAYOUTS, assert_same_bits, misaligned, normal, spread
 
-from flashcpu import api, attention, machine, plan, problem
+from flashcpu import api, attention, machine, problem
 
 ROWS = 60
 
@@ -175,10 +175,10 @@ def test_any_number_of_threads_and_any_cut_of_the_keys(rows, causal, arithmetic,
         assert_same(both(q, k, v, causal=causal, threads=threads), expected)
     for tiles in ((1, 64), (10**6, 10**6)):
         assert_same(both(q, k, v, causal=causal, tiles=tiles, threads=3), expected)
-    # So many members that nothing is cut.
-    lengths = np.zeros(plan.ITEMS, int)
+    # Beside members of no key.
+    lengths = np.zeros(30, int)
     lengths[5] = 20_000
-    many = [np.broadcast_to(x, (plan.ITEMS, *x.shape[1:])) for x in (q, k, v)]
+    many = [np.broadcast_to(x, (30, *x.shape[1:])) for x in (q, k, v)]
     whole = both(*many, causal=causal, kv_len=lengths, threads=1)
     assert_same([x[5:6] for x in whole], expected)
 
@@ -229,7 +229,7 @@ def test_scratch_does_not_depend_on_the_number_of_keys(rows, any_dtype):
         shapes = (rows, 64), (keys, 64), (keys, 64)
         rows_of = (64 * any_dtype.itemsize, any_dtype.itemsize)
         asked = problem.describe((any_dtype,) * 3, shapes, (rows_of,) * 3, None, False)
-        prepared = api.prepare(asked, rows_of, keys, None, None, machine.isa())
+        prepared = api.prepare(asked, rows_of, keys, None, None, 2, machine.isa())
         sizes.add(prepared.workspace_bytes)
         chains.add(prepared.chains)
     assert len(sizes) == len(chains) == 1

@@ -45,9 +45,10 @@ def c_strides(shape):
     return tuple(int(4 * np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
 
 
-def cut(asked, lanes, kv_len=None, q_start=None, tiles=None):
+def cut(asked, lanes, kv_len=None, q_start=None, tiles=None, threads=64):
     strides = asked.result_strides(c_strides(asked.out_shape))
-    return plan.cut(asked, lanes, strides, asked.Lkv if kv_len is None else kv_len, q_start, tiles)
+    kv_len = asked.Lkv if kv_len is None else kv_len
+    return plan.cut(asked, lanes, strides, kv_len, q_start, tiles, threads)
 
 
 PROBLEMS = [
@@ -210,7 +211,8 @@ def every_long_plan(lanes):
     for (q_shape, k_shape, kv_len), tiles, causal in itertools.product(LONG, TILES, (False, True)):
         asked = ask(q_shape, k_shape, causal=causal)
         kv_len = np.array(kv_len) if isinstance(kv_len, list) else kv_len
-        yield asked, cut(asked, lanes, kv_len, None, tiles)
+        for threads in (1, 2, 64):
+            yield asked, cut(asked, lanes, kv_len, None, tiles, threads)
 
 
 @every_lanes
@@ -266,16 +268,31 @@ def test_the_states_that_wait_are_few(lanes):
 
 
 @every_lanes
-def test_keys_are_cut_where_items_are_too_few_for_many_threads(lanes):
-    for heads, keys in [(1, 20_000), (4, 20_000), (31, 2 * lanes.span), (1, lanes.span + 1)]:
-        planned = cut(ask((1, heads, 1, 8), (1, heads, keys, 8)), lanes)
-        assert planned.chains == heads
-        assert len(planned.items) >= min(plan.ITEMS, heads * -(-keys // lanes.span))
-        assert planned.threads in (1, len(planned.items))
-    for heads, keys in [(32, 20_000), (1, lanes.span), (31, lanes.span), (3, 0)]:
-        planned = cut(ask((1, heads, 1, 8), (1, heads, keys, 8)), lanes)
-        assert planned.chains == 0
-        assert len(planned.items) == heads
+def test_keys_are_cut_where_threads_would_have_too_few_items_or_uneven_shares(lanes):
+    def planned(heads, spans, threads):
+        return cut(ask((1, heads, 1, 8), (1, heads, spans * lanes.span, 8)), lanes, threads=threads)
+
+    #                            items            each thread has
+    for heads, spans, threads, links in [
+        (1, 6, 2, 6),  #         1 span           3
+        (1, 64, 2, 8),  #        8 spans, no more 4
+        (3, 8, 2, 2),  #         4 spans          3
+        (5, 16, 2, 2),  #        8 spans          5, uncut 3 or 2
+        (8, 32, 2, 1),  #        uncut            4
+        (8, 32, 8, 4),  #        8 spans          4, uncut 1: one held up doubles the time
+        (96, 9, 64, 2),  #       uncut 2 or 1
+    ]:
+        found = planned(heads, spans, threads)
+        assert len(found.items) == heads * links
+        assert found.chains == (heads if links > 1 else 0)
+        assert found.threads == min(threads, len(found.items))
+        lengths = found.items[:, plan.KEY1] - found.items[:, plan.KEY0]
+        assert np.ptp(lengths) <= lanes.span, "links of a chain differ by a span at most"
+    for heads, spans, threads in [(3, 50, 1), (1, 1, 64), (31, 1, 64), (3, 0, 64)]:
+        found = planned(heads, spans, threads)
+        assert len(found.items) == heads
+        assert found.chains == 0
+        assert found.threads == min(threads, heads)
 
 
 @every_lanes
@@ -294,12 +311,13 @@ def test_rows_that_see_no_key_have_an_item_beside_long_ones(lanes):
     assert (planned.items[:, plan.END] == 50).any()
 
 
-def test_small_work_runs_without_threads():
-    assert cut(ask((1, 4, 16, 8), (1, 4, 16, 8)), LANES[0]).threads == 1
-    large = cut(ask((1, 4, 1000, 64), (1, 4, 1000, 64)), LANES[0])
-    assert large.threads == len(large.items) > 1
-    unseen = cut(ask((1, 4, 1000, 64), (1, 4, 1000, 64)), LANES[0], kv_len=0)
-    assert unseen.threads == 1
+def test_small_work_is_not_worth_threads():
+    assert not plan.is_worth_threads(ask((1, 4, 16, 8), (1, 4, 16, 8)), 16)
+    large = ask((2, 4, 1000, 64), (2, 4, 1000, 64))
+    assert plan.is_worth_threads(large, 1000)
+    assert plan.is_worth_threads(large, np.array([0, 1000]))
+    assert not plan.is_worth_threads(large, np.array([0, 1]))
+    assert not plan.is_worth_threads(large, 0)
 
 
 @every_lanes
@@ -371,7 +389,7 @@ def test_few_rows_count_what_reading_costs_when_threads_are_chosen():
     few = plan.SMALL // (2 * D * plan.READING)
     for keys, many in ((few, False), (few * plan.READING // 2, True)):
         assert 2 * D * keys < plan.SMALL
-        assert (cut(ask((1, 1, 1, D), (1, 1, keys, D)), LANES[0]).threads > 1) == many
+        assert plan.is_worth_threads(ask((1, 1, 1, D), (1, 1, keys, D)), keys) == many
 
 
 def test_empty_problems_have_no_items():
