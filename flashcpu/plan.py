@@ -29,9 +29,9 @@ SCORES = 4096
 SMALL = 2_500_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
-# Items of query rows to cut at least for several threads, if there are rows for it, so that the
-# last one never keeps a thread alone for long.
-ITEMS = 32
+# Items of query rows that each of several threads should have, if there are rows for it, so that
+# the last one never keeps a thread alone for long.
+ITEMS = 16
 # Items a thread should have where keys are cut, for the same reason; and what it costs to begin
 # one, in spans streamed: nothing is fetched yet, the states of its rows are made and handed on. Two
 # threads, beside 32 items: 6 of 3 KV heads (2048 keys, D = 64) 1.1 to 1.3 times as fast, 8 of 8 KV
@@ -188,7 +188,8 @@ def _tile(problem, lanes, tiles, rows, few, count, threads):
     else:
         strips, keys = min(STRIPS, all_strips), KEYS
         parts = problem.Hkv * count  # times those of the strips
-        while threads > 1 and strips > 1 and -(-all_strips // strips) * parts < ITEMS:
+        enough = ITEMS * threads if threads > 1 else 1
+        while strips > 1 and -(-all_strips // strips) * parts < enough:
             strips -= 1
     if keys > lanes.span:
         keys = keys // lanes.span * lanes.span if few else lanes.span

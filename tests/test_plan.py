@@ -322,8 +322,12 @@ def test_small_work_is_not_worth_threads():
 
 @every_lanes
 def test_there_are_items_for_many_threads_where_there_are_rows(lanes):
-    planned = cut(ask((1, 1, 10_000, 8), (1, 1, 10_000, 8)), lanes)
-    assert len(planned.items) >= plan.ITEMS
+    for threads in (2, 5, 64):
+        planned = cut(ask((1, 1, 10_000, 8), (1, 1, 10_000, 8)), lanes, threads=threads)
+        assert planned.strips == 1 or len(planned.items) >= plan.ITEMS * threads
+        assert len(planned.items) >= min(plan.ITEMS * threads, 10_000 // 48)
+    # One thread shares K and V among as many strips as it can.
+    assert cut(ask((1, 1, 96, 8), (1, 1, 100, 8)), LANES[0], threads=1).strips == 2
 
 
 @pytest.mark.parametrize(("stride", "staged"), [(4096, True), (-8192, True), (4128, False)])
