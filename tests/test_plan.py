@@ -326,8 +326,12 @@ def test_there_are_items_for_many_threads_where_there_are_rows(lanes):
         planned = cut(ask((1, 1, 10_000, 8), (1, 1, 10_000, 8)), lanes, threads=threads)
         assert planned.strips == 1 or len(planned.items) >= plan.ITEMS * threads
         assert len(planned.items) >= min(plan.ITEMS * threads, 10_000 // 48)
-    # One thread shares K and V among as many strips as it can.
-    assert cut(ask((1, 1, 96, 8), (1, 1, 100, 8)), LANES[0], threads=1).strips == 2
+    # One thread shares what is widened among as many strips as it can.
+    asked = ask((1, 1, 96, 8), (1, 1, 100, 8))
+    assert cut(asked, LANES[0], threads=1).strips == 1
+    narrow = replace(asked, rows="f16", stored="f16")
+    assert cut(narrow, LANES[0], threads=1).strips == 2
+    assert cut(narrow, LANES[0], threads=2).strips == 1
 
 
 @pytest.mark.parametrize(("stride", "staged"), [(4096, True), (-8192, True), (4128, False)])
