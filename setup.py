@@ -48,6 +48,7 @@ engine = Extension(
     # Masks are -inf and results are promised bit for bit: never -ffast-math, no contraction.
     extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fopenmp"],
     extra_link_args=["-fopenmp"],
+    libraries=["m"],
 )
 
 setup(ext_modules=cythonize([engine]), cmdclass={"build_ext": BuildExt})

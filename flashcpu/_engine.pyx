@@ -11,9 +11,11 @@ of `keys`:
     S        keys x strip, written and read in L1 or L2, never leaves
     out      once a row
 
-With few rows and many keys the keys of a row are cut into several items, whole spans each. An item
-streams its spans from nothing, each on its own, and their states wait for their turn: they are
-merged into the state of the row in the order of the keys, whichever thread had them.
+With few query rows (decode.inc) a tile is several spans of keys; K and V come once, the rest stays
+in L1 and L2. Where threads would have too few items or uneven ones, the keys of a row are cut into
+several items, whole spans each. An item streams its spans from nothing, each on its own, and their
+states wait for their turn: they are merged into the state of the row in the order of the keys,
+whichever thread had them.
 
 Scratch belongs to the call: one workspace a thread, and the states of rows that are cut, taken
 before the loop. Nothing is static.
@@ -55,6 +57,14 @@ cdef extern from *:
     int64_t fc_take(int64_t *) nogil
     int64_t fc_turn(const int64_t *) nogil
     void fc_pass_turn(int64_t *, int64_t) nogil
+
+
+cdef extern from "<fenv.h>" nogil:
+    ctypedef struct fenv_t:
+        pass
+    const fenv_t *FE_DFL_ENV
+    int fegetenv(fenv_t *)
+    int fesetenv(const fenv_t *)
 
 
 cdef extern from "Python.h":
@@ -630,12 +640,17 @@ cdef void attend_some(const Call *call, const int64_t[:, ::1] items, const int64
     """Take items in their order until there are none, or the call is to end.
 
     In their order, whatever the threads do: who waits for its turn waits for an item that somebody
-    has taken.
+    has taken. In the default floating-point environment, whatever the thread has: libraries may
+    have set it to round otherwise or to flush subnormals, and the bits must not depend on that.
     """
     cdef Py_ssize_t i = fc_take(call.next_item)
+    cdef fenv_t found
+    fegetenv(&found)
+    fesetenv(FE_DFL_ENV)
     while i < items.shape[0] and call.stop[0] == 0:
         attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], scratch, looked)
         i = fc_take(call.next_item)
+    fesetenv(&found)
 
 
 cdef void attend_items(const Call *call, const int64_t[:, ::1] items,

@@ -4,8 +4,11 @@ For given inputs and options the bits of a row do not depend on how the work was
 was computed, on where the arrays lie or, among those with FMA, on the instruction set.
 """
 
+import ctypes
 import math
+import platform
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -35,6 +38,12 @@ def both(q, k, v, **options):
     return attention(q, k, v, return_lse=True, **options)
 
 
+def is_for_threads(q, k, v):
+    """Whether a call is so large that `threads` means something."""
+    work = math.prod(k.shape[:-1]) * max(q.shape[-2] * (q.shape[1] // k.shape[1]), plan.READING)
+    return work * (k.shape[-1] + v.shape[-1]) >= plan.SMALL
+
+
 # How the work is cut
 
 
@@ -53,8 +62,7 @@ every_cut = pytest.mark.parametrize("shapes", CUTS.values(), ids=CUTS)
 @every_cut
 def test_any_number_of_threads(shapes, causal, arithmetic, rng):
     q, k, v = normal(rng, *shapes, dtype=arithmetic)
-    work = math.prod(k.shape[:-1]) * q.shape[-2] * (q.shape[1] // k.shape[1])
-    assert work * (k.shape[-1] + v.shape[-1]) > plan.SMALL, "too little work for threads"
+    assert is_for_threads(q, k, v)
     expected = both(q, k, v, causal=causal, threads=1)
     for threads in (2, 3, 5):
         assert_same(both(q, k, v, causal=causal, threads=threads), expected)
@@ -146,8 +154,11 @@ def test_columns_of_values_do_not_know_each_other(arithmetic, rng):
 
 @pytest.mark.usefixtures("isa")
 def test_calls_from_many_threads_at_once(rng):
-    arrays = [normal(rng, (4, 70 + i, 20), (4, 200, 20), (4, 200, 9)) for i in range(8)]
-    expected = [both(*x, causal=True) for x in arrays]
+    shapes = [((1, 4, 70 + i, 20), (1, 4, 400, 20), (1, 4, 400, 9)) for i in range(6)]
+    shapes += [((1, 1, 1, 20), (1, 1, 20_000 + i, 20), (1, 1, 20_000 + i, 9)) for i in range(6)]
+    arrays = [normal(rng, *of_call) for of_call in shapes]  # and with chains of items
+    assert all(is_for_threads(*of_call) for of_call in arrays)
+    expected = [both(*of_call, causal=True, threads=1) for of_call in arrays]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
             results = pool.map(lambda x: both(*x, causal=True, threads=2), arrays)
@@ -266,6 +277,49 @@ def test_any_alignment_of_the_elements(offset, dtype, rng):
     out = shifted(np.zeros_like(expected))
     attention(*(shifted(x) for x in (q, k, v)), out=out)
     assert_same_bits(out, expected)
+
+
+# What the thread had been told
+
+
+# Where a thread's floating-point control stands in fenv_t, as 32 bits, and those that flush
+# subnormal numbers to 0, read and written.
+FLUSHING = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}
+
+
+@contextmanager
+def flushing_subnormals():
+    """As libraries for sound and for neural networks leave a thread."""
+    place, bits = FLUSHING[platform.machine()]
+    libm = ctypes.CDLL(None)
+    environment = (ctypes.c_uint32 * 16)()
+    libm.fegetenv(environment)
+    before = environment[place]
+    environment[place] |= bits
+    libm.fesetenv(environment)
+    try:
+        yield
+        libm.fegetenv(environment)
+        assert environment[place] & bits == bits, "the call left another environment"
+    finally:
+        environment[place] = before
+        libm.fesetenv(environment)
+
+
+@pytest.mark.skipif(platform.machine() not in FLUSHING, reason="where the bits are is not known")
+@pytest.mark.parametrize("rows", [1, 60])
+def test_a_thread_that_flushes_subnormal_numbers(rows, any_dtype, rng):
+    """float16 is widened by way of subnormal numbers of float32, in decode and not in prefill."""
+    q, k, v = normal(rng, (1, 2, rows, 64), (1, 2, 5000, 64), (1, 2, 5000, 64), dtype=any_dtype)
+    q *= any_dtype.type(2.0**13)
+    k *= any_dtype.type(2.0**-17)
+    v[..., :32] *= any_dtype.type(2.0**-20)
+    assert is_for_threads(q, k, v)
+    expected = both(q, k, v)
+    with flushing_subnormals():
+        results = [both(q, k, v, threads=threads) for threads in (1, 2)]
+    for result in results:
+        assert_same(result, expected)
 
 
 # Instruction sets, and the rules
