@@ -30,8 +30,9 @@ def attention(
     """Exact attention, ``softmax(scale * q @ k.T) @ v``, streamed tile by tile.
 
     The Lq x Lkv matrix of scores never exists: beside the result a call needs a few hundred KiB a
-    thread, whatever the lengths. The bits of a row of the result do not depend on the number of
-    threads, the other rows, heads and members of the batch, strides, alignment or tiles.
+    thread (for D up to 128; more in proportion), whatever Lq and Lkv. The bits of a row of the
+    result do not depend on the number of threads, the other rows, heads and members of the batch,
+    strides, alignment or tiles.
 
     Parameters
     ----------
@@ -153,7 +154,7 @@ def attention(
         return (result, lse) if return_lse else result
 
     alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
-    make = prepare_once if alike and plan.is_small(asked) else prepare
+    make = prepare_once if alike and plan.is_small(asked, kv_len) else prepare
     most = threading_.limit(threads) if plan.is_worth_threads(asked, kv_len) else 1
     call = make(asked, result.strides, kv_len, q_start, tiles, most, machine.isa())
     threading_.run(call.attend, (q, k, v, result, lse), call.threads)

@@ -89,10 +89,11 @@ class Plan(NamedTuple):
     items: np.ndarray
 
 
-def is_small(problem):
+def is_small(problem, kv_len):
     """Whether a plan is worth remembering: planning would be felt, and there is little to keep."""
-    rows = math.prod(problem.lead) * problem.Hkv * (problem.Lq * problem.group + 100)
-    keys = math.prod(problem.lead) * problem.Hkv * problem.Lkv
+    heads = math.prod(problem.lead) * problem.Hkv
+    rows = heads * (problem.Lq * problem.group + 100)
+    keys = heads * kv_len
     return rows < REMEMBERED and keys < REMEMBERED_KEYS
 
 
@@ -186,7 +187,7 @@ def _tile(problem, lanes, tiles, rows, few, count, threads):
         strips = min(-(-tiles[0] // strip_rows), all_strips)
         keys = -(-tiles[1] // lanes.block) * lanes.block
     elif few:
-        strips, keys = 1, max(SCORES // rows, lanes.span)
+        strips, keys = 1, all_keys
     else:
         strips, keys = min(STRIPS, all_strips), KEYS
         parts = problem.Hkv * count  # times those of the strips
@@ -195,7 +196,8 @@ def _tile(problem, lanes, tiles, rows, few, count, threads):
         while strips > 1 and -(-all_strips // strips) * parts < enough:
             strips -= 1
     if keys > lanes.span:
-        keys = keys // lanes.span * lanes.span if few else lanes.span
+        most = max(SCORES // rows, lanes.span) if few else lanes.span
+        keys = min(keys, most) // lanes.span * lanes.span
     return strips, min(keys, all_keys)
 
 
@@ -243,7 +245,11 @@ def _chains(items, span, strips, few, threads):
 
     def cost(links):
         count = int(links.sum())
-        return count < EVEN * threads, -(-count // threads) * (total / count + begin)
+        # No thread ends before its share of all, nor, m items on one of them, before m of the size
+        # of the smallest of the m * threads - threads + 1 largest.
+        sizes = np.sort(np.repeat(spans / links, links))[::-1][::threads] + begin
+        heaped = np.arange(1, len(sizes) + 1) * sizes
+        return count < EVEN * threads, max(total / threads + count / threads * begin, heaped.max())
 
     links = min([uncut, *cuts], key=cost)
     if links is uncut:

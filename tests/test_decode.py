@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checks import LAYOUTS, assert_same_bits, misaligned, normal, spread
 
-from flashcpu import api, attention, machine, problem
+from flashcpu import api, attention, machine, plan, problem
 
 ROWS = 60
 
@@ -20,6 +20,12 @@ causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causa
 def both(q, k, v, **options):
     """(out, lse)"""
     return attention(q, k, v, return_lse=True, **options)
+
+
+def asked(*arrays):
+    """The Problem of (q, k, v)."""
+    dtypes, shapes, strides = zip(*((x.dtype, x.shape, x.strides) for x in arrays), strict=True)
+    return problem.describe(dtypes, shapes, strides, None, False)
 
 
 def assert_same(actual, expected):
@@ -61,7 +67,7 @@ def test_any_group_at_any_border_of_spans(group, any_dtype, rng):
 
 @pytest.mark.parametrize(("D", "Dv"), [(1, 16), (7, 48), (8, 128), (40, 1), (65, 145)])
 def test_any_few_rows_at_any_width(D, Dv, arithmetic, rng):
-    """Rows accumulate up to three at a time, columns up to eight vectors."""
+    """Rows accumulate up to eight at a time, columns up to eight vectors."""
     q, k, v = normal(rng, (53, D), (301, D), (301, Dv), dtype=arithmetic)
     whole = both(q, k, v, causal=True)
     for rows in range(1, 14):
@@ -168,7 +174,8 @@ def test_an_unseen_half_of_a_pair_adds_not_even_a_sign(keys, bfloat16):
 @causal_or_not
 def test_any_number_of_threads_and_any_cut_of_the_keys(rows, causal, arithmetic, rng):
     """One head and 20000 keys: links of a chain on any thread, in any order of their ends."""
-    q, k, v = normal(rng, (1, 1, rows, 4), (1, 1, 20_000, 4), (1, 1, 20_000, 5), dtype=arithmetic)
+    q, k, v = normal(rng, (1, 1, rows, 8), (1, 1, 20_000, 8), (1, 1, 20_000, 9), dtype=arithmetic)
+    assert plan.is_worth_threads(asked(q, k, v), 20_000)
     q *= 2  # spans whose maxima differ
     expected = both(q, k, v, causal=causal, threads=1)
     for threads in (2, 3, 5):
@@ -189,8 +196,9 @@ def test_a_member_alone_and_beside_longer_ones(shape, causal, any_dtype, rng):
     """Beside 20000 keys the items of others are chains of one link, also those of no key."""
     Hq, Hkv, Lq = shape
     lengths = [0, 20_000, 1, 255, 700]
-    shapes = (5, Hq, Lq, 3), (1, Hkv, 20_000, 3), (1, Hkv, 20_000, 4)
+    shapes = (5, Hq, Lq, 8), (1, Hkv, 20_000, 8), (1, Hkv, 20_000, 9)
     q, k, v = normal(rng, *shapes, dtype=any_dtype)
+    assert plan.is_worth_threads(asked(q, k, v), np.array(lengths))
     together = [both(q, k, v, causal=causal, kv_len=lengths, threads=n) for n in (1, 3)]
     assert_same(*together)
     for b, keys in enumerate(lengths):
@@ -222,14 +230,15 @@ def test_many_calls_with_chains_at_once_and_again(any_dtype, rng):
 
 
 @pytest.mark.parametrize("rows", [1, 60])
-def test_scratch_does_not_depend_on_the_number_of_keys(rows, any_dtype):
+@pytest.mark.parametrize("tiles", [None, (60, 10**9)])
+def test_scratch_does_not_depend_on_the_number_of_keys(tiles, rows, any_dtype):
     """That of a thread, and the states that the links of a chain hand on."""
     sizes, chains = set(), set()
     for keys in (10**5, 10**6, 10**7):
         shapes = (rows, 64), (keys, 64), (keys, 64)
         rows_of = (64 * any_dtype.itemsize, any_dtype.itemsize)
-        asked = problem.describe((any_dtype,) * 3, shapes, (rows_of,) * 3, None, False)
-        prepared = api.prepare(asked, rows_of, keys, None, None, 2, machine.isa())
+        question = problem.describe((any_dtype,) * 3, shapes, (rows_of,) * 3, None, False)
+        prepared = api.prepare(question, rows_of, keys, None, tiles, 2, machine.isa())
         sizes.add(prepared.workspace_bytes)
         chains.add(prepared.chains)
     assert len(sizes) == len(chains) == 1

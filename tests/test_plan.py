@@ -128,7 +128,8 @@ def test_tiles_are_whole_strips_and_whole_blocks_inside_a_span(lanes):
 @every_lanes
 def test_tiles_of_few_rows_are_spans_whose_scores_fit_into_l1(lanes):
     for rows in (1, 2, 3, 5, 16):
-        for tiles, keys in ((None, max(plan.SCORES // rows, lanes.span)), ((1, 900), 900)):
+        most = max(plan.SCORES // rows, lanes.span)
+        for tiles, keys in ((None, most), ((1, 900), min(900, most)), ((10**9, 10**9), most)):
             planned = cut(ask((1, 1, rows, 64), (1, 1, 10**5, 64)), lanes, tiles=tiles)
             if planned.few:
                 assert planned.keys == keys // lanes.span * lanes.span
@@ -293,6 +294,20 @@ def test_keys_are_cut_where_threads_would_have_too_few_items_or_uneven_shares(la
         assert len(found.items) == heads
         assert found.chains == 0
         assert found.threads == min(threads, heads)
+
+
+@every_lanes
+def test_one_long_member_among_short_ones_is_cut(lanes):
+    """The mean item says nothing of when the longest ends."""
+    asked = ask((32, 1, 1, 8), (32, 1, 512 * lanes.span, 8))
+    for long in (1, 9):  # 9: two of them on one thread
+        kv_len = np.full(32, 64)
+        kv_len[:long] *= 512 * lanes.span // 64
+        planned = cut(asked, lanes, kv_len=kv_len, threads=8)
+        lengths = planned.items[:, plan.KEY1] - planned.items[:, plan.KEY0]
+        assert planned.chains == 32
+        assert lengths.max() <= plan.SPANS * lanes.span
+        assert lengths.sum() == kv_len.sum()
 
 
 @every_lanes
