@@ -23,8 +23,9 @@ class KVCache:
     """Keys and values of a batch of sequences, contiguous, each with a length of its own.
 
     ``cache.append(k, v)``, then ``out = cache.attend(q)``: the last query stands at the last key.
-    However a sequence was cut into such steps, the bits are those of one causal prefill. Not safe
-    to use from several threads at once while one of them changes it.
+    However a sequence was cut into such steps, the bits are those of one causal prefill; where a
+    window hides keys, those of `attention` over the window alone. Not safe to use from several
+    threads at once while one of them changes it.
 
     Parameters
     ----------
@@ -43,8 +44,9 @@ class KVCache:
         Positions of a member that fit, for good. Default: as many as come; the memory grows.
     window : int, optional
         Only the last `window` positions of a member are attended, and older ones are dropped once
-        in a while: memory for at most twice the sum of the window and the largest append. A
-        capacity must then be at least twice the window.
+        in a while: memory for at most twice the sum of the window and the largest append (64
+        positions at least), and the old memory beside it while they are dropped. A capacity must
+        then be at least twice the window.
 
     Raises
     ------
@@ -335,8 +337,8 @@ class KVCache:
         ]
         options = {"causal": causal, "scale": scale, "threads": threads, "tiles": tiles}
         if _alike(hidden):
-            # All the memory and kv_len, not a view of what is held: the same shapes at every step,
-            # for which `attention` remembers what it checked.
+            # All the memory and kv_len, not a view of what is held: without hidden rows the same
+            # shapes at every step, for which `attention` remembers what it checked.
             return attention(
                 q,
                 self._k[:, :, hidden[0] :],

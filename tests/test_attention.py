@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 INF, NAN = float("inf"), float("nan")
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
-# Up to 8 query rows of a KV head have kernels of their own.
+# Few query rows of a KV head have kernels of their own.
 few_or_many = pytest.mark.parametrize("Lq", [3, 50], ids=["few rows", "many rows"])
 
 # Around the widths of vectors, register tiles, panels, strips.

@@ -35,7 +35,7 @@ struct fc_strip {
     int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
     int ahead;          /* bytes of K and of V that are fetched ahead of use, or 0 */
-    int cold;           /* nothing has been fetched for this tile yet */
+    int cold;           /* the first tile of an item: nothing of it has been fetched yet */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     double scale;       /* of the scores, times log2 e */
     double power;       /* what queries take besides, with few rows: few_power, where they can */
