@@ -243,13 +243,19 @@ def _chains(items, span, strips, few, threads):
     uncut = np.ones_like(spans)
     cuts = [np.maximum(1, -(-spans // most)) for most in range(room, 0, -1)]
 
+    equal = spans.min() == spans.max()
+
     def cost(links):
         count = int(links.sum())
         # No thread ends before its share of all, nor, m items on one of them, before m of the size
         # of the smallest of the m * threads - threads + 1 largest.
-        sizes = np.sort(np.repeat(spans / links, links))[::-1][::threads] + begin
-        heaped = np.arange(1, len(sizes) + 1) * sizes
-        return count < EVEN * threads, max(total / threads + count / threads * begin, heaped.max())
+        heaps = -(-count // threads)
+        if equal:
+            heaped = heaps * (total / count + begin)
+        else:
+            sizes = np.sort(np.repeat(spans / links, links))[::-1][::threads] + begin
+            heaped = (np.arange(1, heaps + 1) * sizes).max()
+        return count < EVEN * threads, max(total / threads + count / threads * begin, heaped)
 
     links = min([uncut, *cuts], key=cost)
     if links is uncut:
