@@ -39,6 +39,7 @@ engine = Extension(
     # Each stub in isa/ chooses its instruction set with a pragma, so the flags are common.
     sources=[
         "flashcpu/_engine.pyx",
+        "flashcpu/kernels/cpu.c",
         "flashcpu/kernels/dispatch.c",
         *sorted(glob("flashcpu/kernels/isa/*.c")),
     ],

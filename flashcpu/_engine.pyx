@@ -80,7 +80,7 @@ cdef extern from "kernels/kernels.h" nogil:
     Py_ssize_t FC_FEW_STRIDE(Py_ssize_t real_size)
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh, ahead, cold
+        int nq, nv, d, dv, fresh, ahead, helped, cold
         int64_t rows_left
         double scale, power
         void *qt
@@ -130,6 +130,8 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*flush_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
+    const char *fc_fastest_isa()
+    int fc_follows_streams()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
     const fc_storage *fc_find_storage(const char *dtype, const char *arithmetic, const char *isa)
 
@@ -154,7 +156,8 @@ cdef double SIGNAL_PERIOD = 0.05
 
 
 # How far ahead of use K and V are fetched where memory is the limit (decode.inc has the figures).
-cdef int AHEAD = 32 << 10
+cdef int AHEAD = 8 << 10
+cdef int HELPED = fc_follows_streams()
 
 
 cdef class Storage:
@@ -499,7 +502,7 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
     if full[0] < n:
         call.kernels.see(strip, ends, key)
     strip.rows_left = item[ITEM_KEY1] - key
-    strip.ahead, strip.cold = AHEAD, key == item[ITEM_KEY0]
+    strip.ahead, strip.helped, strip.cold = AHEAD, HELPED, key == item[ITEM_KEY0]
     return n
 
 
@@ -737,13 +740,18 @@ cdef class Prepared:
 
 
 def isas():
-    """Instruction sets of this build that this CPU has, best first."""
+    """Instruction sets of this build that this CPU has, the largest first."""
     cdef const char *const *name = fc_isas()
     names = []
     while name[0] is not NULL:
         names.append(name[0].decode())
         name += 1
     return names
+
+
+def fastest_isa():
+    """The one of them to use unless another is asked for."""
+    return fc_fastest_isa().decode()
 
 
 def omp_threads():

@@ -20,14 +20,14 @@ def _chosen_isa():
     name = os.environ.get("FLASHCPU_ISA", "").strip().lower()
     if name and name not in ISAS:
         raise ImportError(f"FLASHCPU_ISA={name!r}, but this CPU and build have {', '.join(ISAS)}")
-    return name or ISAS[0]
+    return name or _engine.fastest_isa()
 
 
 _isa = _chosen_isa()
 
 
 def isa():
-    """The instruction set in use: the best there is, FLASHCPU_ISA, or that of `use_isa`."""
+    """The instruction set in use: the fastest there is, FLASHCPU_ISA, or that of `use_isa`."""
     return _isa
 
 

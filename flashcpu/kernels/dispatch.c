@@ -1,16 +1,7 @@
-/* Which instruction sets this CPU and this build have. __builtin_cpu_supports asks CPUID and, for
- * the vector registers, XGETBV too: an operating system that does not save them counts as without.
- * On aarch64 the Linux kernel tells; another system counts as one whose CPU has only what all have.
- */
+/* The tables of this build, and which of them are those of an instruction set. */
 #include "kernels.h"
 
 #include <string.h>
-#if defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#ifndef HWCAP2_BF16 /* headers older than Linux 5.6 */
-#define HWCAP2_BF16 (1 << 14)
-#endif
-#endif
 
 /* Best first. Every instruction set has f32, f64 and what is stored otherwise and widened; the bf16
  * arithmetic is all that the first ones add to those below. */
@@ -48,29 +39,6 @@ static const struct fc_storage *const storages[] = {
     ENTRY(BF16_ISA, fc_storage, bf16_bf16)
 #endif
         STORAGES(ENTRY)};
-
-const char *const *fc_isas(void) {
-#if defined(__x86_64__)
-    static const char *const all[] = {"avx512_bf16", "avx512", "avx2", "scalar", NULL};
-    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                     __builtin_cpu_supports("f16c");
-    const int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const int bf16 = __builtin_cpu_supports("avx512bf16");
-    return avx2 && avx512 && bf16 ? all : avx2 && avx512 ? all + 1 : avx2 ? all + 2 : all + 3;
-#elif defined(__aarch64__)
-    static const char *const all[] = {"neon_bf16", "neon", "scalar", NULL};
-#if defined(__linux__)
-    const int bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
-#else
-    const int bf16 = 0;
-#endif
-    return bf16 ? all : all + 1;
-#else
-    static const char *const all[] = {"scalar", NULL};
-    return all;
-#endif
-}
 
 /* An instruction set has what those after it have, so the search goes on from there. */
 #define FIND(tables, matches)                                                        \

@@ -35,6 +35,7 @@ struct fc_strip {
     int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
     int ahead;          /* bytes of K and of V that are fetched ahead of use, or 0 */
+    int helped;         /* fc_follows_streams: with few rows, fetch less */
     int cold;           /* the first tile of an item: nothing of it has been fetched yet */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     double scale;       /* of the scores, times log2 e */
@@ -104,8 +105,13 @@ struct fc_kernels {
     void (*flush_loop)(const void *from, size_t bytes);
 };
 
-/* Instruction sets this build has for this CPU, best first, ended by NULL. */
+/* Instruction sets this build has for this CPU, the largest first, ended by NULL (cpu.c). */
 const char *const *fc_isas(void);
+/* The one of them to use unless another is asked for. */
+const char *fc_fastest_isa(void);
+/* Whether this CPU's own prefetchers follow one or two rows so well that fetching every line for
+ * them costs more than it helps. */
+int fc_follows_streams(void);
 /* The tables, or NULL when this CPU or build does not have them. An instruction set has those of
  * the ones after it too, where it has none of its own. */
 const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmetic,

@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 
-find "$kernels/dispatch.c" "$tests" -name '*.c' -print0 |
+find "$kernels/cpu.c" "$kernels/dispatch.c" "$tests" -name '*.c' -print0 |
     xargs -0 -n 1 -P "$(getconf _NPROCESSORS_ONLN)" sh -c '
         $1 -std=gnu11 -O3 -ffp-contract=off -I"$2" -c "$4" -o "$3/$(basename "$4" .c).o"
     ' compile "$compiler" "$kernels" "$work"

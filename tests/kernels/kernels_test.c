@@ -2,7 +2,7 @@
  * other, and against the edges of their memory. No Python; what the engine does with them is tested
  * elsewhere (tests/). The same program runs on aarch64: aarch64.sh.
  *
- *   cc -std=gnu11 -O3 -ffp-contract=off -Iflashcpu/kernels flashcpu/kernels/dispatch.c \
+ *   cc -std=gnu11 -O3 -ffp-contract=off -Iflashcpu/kernels flashcpu/kernels/{cpu,dispatch}.c \
  *       tests/kernels/probe_*.c tests/kernels/kernels_test.c -lm -o kernels_test
  *   ./kernels_test [--bits] [--all | --brief] [instruction set ...]
  *
@@ -384,23 +384,25 @@ struct how {
     int stage;    /* copy K and V tiles, also where that is not needed */
     int few;      /* the kernels for few query rows */
     int ahead;    /* bytes fetched ahead of use */
+    int helped;   /* fc_follows_streams */
 };
 
 static const struct how plainly = {.name = "plainly", .tile = 2 * FC_BLOCK, .vectors = FC_NV};
 /* clang-format off */
 static const struct how ways[] = {
-    {"rows apart, blocks alone",        FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 0, 0},
-    {"staged",                          3 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 1, 0, 0},
-    {"staged, rows apart",              FC_SPAN,      2,     0, 0, 3, 0, 1, 0, 0},
-    {"every key asked for",             3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 0, 0},
-    {"one vector a strip",              FC_SPAN,      1,     0, 0, 1, 0, 0, 0, 0},
-    {"more vectors than rows",          2 * FC_BLOCK, FC_NV, 1, 0, 0, 1, 0, 0, 0},
-    {"fetched ahead",                   FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 1},
-    {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0},
-    {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10},
-    {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
+    {"rows apart, blocks alone",        FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 0, 0, 0},
+    {"staged",                          3 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 1, 0, 0, 0},
+    {"staged, rows apart",              FC_SPAN,      2,     0, 0, 3, 0, 1, 0, 0, 0},
+    {"every key asked for",             3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 0, 0, 0},
+    {"one vector a strip",              FC_SPAN,      1,     0, 0, 1, 0, 0, 0, 0, 0},
+    {"more vectors than rows",          2 * FC_BLOCK, FC_NV, 1, 0, 0, 1, 0, 0, 0, 0},
+    {"fetched ahead",                   FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 1, 0},
+    {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0, 0},
+    {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10, 0},
+    {"few rows, some fetched ahead",    FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10, 1},
+    {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0, 0},
     {"few rows, every key asked for, fetched ahead",
-                                        3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10},
+                                        3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10, 1},
 };
 /* clang-format on */
 
@@ -456,6 +458,7 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
             kernels->see(&part, ends, key);
         }
         part.ahead = how->ahead;
+        part.helped = how->helped;
         part.cold = key == 0;
         part.rows_left = all_keys - key;
         if (how->ahead && !how->few) { /* V while K is read, then the next tile's K */
