@@ -75,9 +75,8 @@ typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real vec_unaligned
     __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
 typedef real_bits vec_bits __attribute__((vector_size(VEC_BYTES)));
-#ifdef FC_PAIRS
-typedef real vec_stored_units __attribute__((vector_size(VEC_BYTES), aligned(2), may_alias));
-#endif
+typedef real vec_stored_units
+    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(elem)), may_alias));
 
 INLINE vec v_splat(real x) { return x - (vec){0}; }
 INLINE vec v_load(const real *p) { return *(const vec *)p; }
@@ -449,7 +448,7 @@ INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
 /* One rounding where the instruction set has FMA: the scalar twin of v_fma. */
 INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b, c) : a * b + c; }
 
-/* Transpose W vectors of W lanes by log2 W rounds of interleaving row i with row i + W/2. */
+/* Interleaved: what two vectors begin with, and what they end with. */
 #if VEC_BYTES == 64 && FC_REAL == 32
 #define ZIP_LO (vec_bits){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
 #define ZIP_HI (vec_bits){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
@@ -463,6 +462,23 @@ INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b,
 #define ZIP_LO (vec_bits){0, 2}
 #define ZIP_HI (vec_bits){1, 3}
 #endif
+/* From two vectors, and back: the numbers in even places, those in odd ones. */
+INLINE void v_even_odd(vec x[2]) {
+    const vec a = x[0], b = x[1];
+    vec_bits even;
+    for (int i = 0; i < W; i++) {
+        even[i] = 2 * i;
+    }
+    x[0] = __builtin_shuffle(a, b, even);
+    x[1] = __builtin_shuffle(a, b, even + 1);
+}
+INLINE void v_in_order(vec x[2]) {
+    const vec even = x[0], odd = x[1];
+    x[0] = __builtin_shuffle(even, odd, ZIP_LO);
+    x[1] = __builtin_shuffle(even, odd, ZIP_HI);
+}
+
+/* Transpose W vectors of W lanes by log2 W rounds of interleaving row i with row i + W/2. */
 INLINE void v_transpose(vec x[W]) {
 #pragma GCC unroll 4
     for (int round = 1; round < W; round *= 2) {
