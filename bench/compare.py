@@ -41,7 +41,6 @@ from measure import (
     facts,
     find_truth,
     fma_rate,
-    read_rate,
     seconds_per_call,
     seconds_per_cold_call,
     start_clean,
@@ -189,7 +188,7 @@ def measured(row, contenders, counts, rounds, at_least):
                 with controller.limit(limits=count):
                     fma[count].append(fma_rate(row.case.dtype, isa, count))
                     if row.is_cold:
-                        read[count].append(read_rate(row.case.stored_bytes, count))
+                        read[count].append(machine.read_bandwidth(count, arrays[1:]))
                     for name, number in calls:
                         if number == count:
                             took = seconds_of(calls[name, count])

@@ -180,11 +180,6 @@ def seconds_per_cold_call(call, arrays, at_least):
     return median(took)
 
 
-def last_level_cache():
-    """Bytes; 32 MiB where the system does not tell."""
-    return max(machine.caches().values(), default=32 << 20)
-
-
 def fma_rate(dtype, isa, threads=1, seconds=0.01):
     """Measured flops a second of `threads` threads that do nothing but FMAs at the same time.
 
@@ -193,15 +188,6 @@ def fma_rate(dtype, isa, threads=1, seconds=0.01):
     with ThreadPoolExecutor(threads) as pool:
         all_threads = [dtype] * threads, [isa] * threads, [seconds] * threads
         return max(sum(pool.map(machine.fma_rate, *all_threads)) for _ in range(3))
-
-
-def read_rate(size, threads=1, seconds=0.05):
-    """Measured bytes a second of reading `size` bytes from memory.
-
-    At least 8 times what the last-level cache holds: of twice, read again and again, it still
-    finds a tenth.
-    """
-    return machine.read_bandwidth(threads, seconds, max(size, 8 * last_level_cache()))
 
 
 def facts(*packages):

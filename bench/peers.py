@@ -131,8 +131,9 @@ def torch_attention(case, q, k, v, threads):
     tensors = [tensor(x) for x in (as_rows(case, q), k, v)]
 
     def call():
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        # Not only where torch.get_num_threads() differs: it may be others who limited OpenMP's
+        # threads, and MKL's are still as many as before.
+        torch.set_num_threads(threads)
         with torch.no_grad():
             out = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=case.causal)
         out = out.view(torch.int16).numpy().view(q.dtype) if case.dtype == "bf16" else out.numpy()

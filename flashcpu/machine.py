@@ -1,6 +1,7 @@
 """What this CPU is: its name, instruction sets, caches, and the limits one can measure."""
 
 import contextlib
+import math
 import os
 import platform
 import time
@@ -161,13 +162,21 @@ def fma_rate(dtype="f32", isa_name=None, seconds=0.1):
     return kernels(dtype, dtype, isa_name or isa())[0].fma_rate(seconds)
 
 
-def read_bandwidth(threads=1, seconds=0.2, size=256 << 20):
-    """Measured bytes a second of reading a buffer far larger than the caches."""
-    buffer = np.ones(size, np.uint8)
+def read_bandwidth(threads=1, arrays=None):
+    """Measured bytes a second of reading arrays out of memory; by default one of 256 MiB.
+
+    The best of three: whatever disturbs it can only make it slower. They are taken out of the
+    caches before, which may be larger than they are.
+    """
+    arrays = [np.ones(256 << 20, np.uint8)] if arrays is None else arrays
     table, _ = _kernels("f32", isa())
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end or not best:
+    buffers = [array.reshape(-1).view(np.uint8) for array in arrays]
+    shortest = math.inf
+    for _ in range(3):
+        for buffer in buffers:
+            table.flush(buffer)
         start = time.perf_counter()
-        table.read_bytes(buffer, threads)
-        best = max(best, size / (time.perf_counter() - start))
-    return best
+        for buffer in buffers:
+            table.read_bytes(buffer, threads)
+        shortest = min(shortest, time.perf_counter() - start)
+    return sum(buffer.size for buffer in buffers) / shortest
