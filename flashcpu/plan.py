@@ -52,11 +52,14 @@ REMEMBERED_KEYS = 1 << 20
 WIDENED = 1 / 4
 # Keys from which they come out of memory rather than a cache. Nearer ones are as fast or faster by
 # lanes of queries where rows fill their vectors: f32, 16 rows, 64 to 128 keys 76 to 86 GFLOP/s, by
-# lanes of keys 65 to 71. So are rows of f32 that fill several vectors: out of memory, D = 64 and
-# 128, of the FMA rate, on Sapphire Rapids 32 rows 0.52 and 0.51 by lanes of queries, 0.40 and 0.46
-# by lanes of keys, 48 rows 0.65 and 0.64, 0.48 and 0.46; on Zen 4 the same by both.
+# lanes of keys 65 to 71.
 LONG = 1024
 FULL = 7 / 8
+# The same for several vectors of f32, also out of memory: D = 64 and 128, of the FMA rate, on
+# Sapphire Rapids 32 rows 0.52 and 0.51 by lanes of queries, 0.40 and 0.46 by lanes of keys, 48 rows
+# 0.65 and 0.64, 0.48 and 0.46. On Zen 4 the same by both, but 40 rows 1.15 times as fast by lanes
+# of keys, where Sapphire Rapids takes 1.3 times as long as for 48 by lanes of queries.
+SEVERAL = 3 / 4
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
@@ -139,8 +142,10 @@ def _few(problem, lanes, rows):
     """Whether lanes are better keys than query rows."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_share
-    if problem.Lkv < LONG or (vectors > 1 and lanes.arithmetic == "f32"):
+    if problem.Lkv < LONG:
         share = min(share, FULL)
+    if vectors > 1 and lanes.arithmetic == "f32":
+        share = min(share, SEVERAL)
     share += WIDENED if problem.stored != lanes.arithmetic else 0
     most = lanes.vectors if problem.Lkv >= MANY * lanes.block else 1
     return 0 < rows <= share * vectors * lanes.width and vectors <= most
