@@ -4,6 +4,7 @@ BLOCK: int
 SPAN: int
 STRIP_VECTORS: int
 COMPILER: str
+FOLLOWS_STREAMS: bool
 
 class Storage:
     isa: str

@@ -80,7 +80,7 @@ cdef extern from "kernels/kernels.h" nogil:
     Py_ssize_t FC_FEW_STRIDE(Py_ssize_t real_size)
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh, ahead, helped, cold
+        int nq, nv, d, dv, fresh, ahead, follows_streams, cold
         int64_t rows_left
         double scale, power
         void *qt
@@ -157,7 +157,8 @@ cdef double SIGNAL_PERIOD = 0.05
 
 # How far ahead of use K and V are fetched where memory is the limit (decode.inc has the figures).
 cdef int AHEAD = 8 << 10
-cdef int HELPED = fc_follows_streams()
+FOLLOWS_STREAMS = bool(fc_follows_streams())
+cdef int _follows_streams = FOLLOWS_STREAMS
 
 
 cdef class Storage:
@@ -502,7 +503,8 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
     if full[0] < n:
         call.kernels.see(strip, ends, key)
     strip.rows_left = item[ITEM_KEY1] - key
-    strip.ahead, strip.helped, strip.cold = AHEAD, HELPED, key == item[ITEM_KEY0]
+    strip.ahead, strip.follows_streams = AHEAD, _follows_streams
+    strip.cold = key == item[ITEM_KEY0]
     return n
 
 

@@ -163,7 +163,7 @@ def fma_rate(dtype="f32", isa_name=None, seconds=0.1):
 
 
 def read_bandwidth(threads=1, arrays=None):
-    """Measured bytes a second of reading arrays out of memory; by default one of 256 MiB.
+    """Measured bytes a second of reading C-contiguous arrays from memory; by default 256 MiB.
 
     The best of three: whatever disturbs it can only make it slower. They are taken out of the
     caches before, which may be larger than they are.

@@ -6,18 +6,20 @@ on its time.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from checks import assert_same_bits, normal
 
-from flashcpu import attention, machine, plan, threads
+from flashcpu import _engine, attention, machine, plan, threads
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals as POSIX has them")
 
@@ -492,8 +494,35 @@ def test_every_instruction_set_can_be_chosen_at_import(name):
 def test_the_fastest_instruction_set_is_chosen_where_none_is_asked_for():
     """The largest, but for products in pairs where the CPU is slow in them."""
     (chosen,) = run("print(machine.isa())", FLASHCPU_ISA=" ")
-    skipped = machine.ISAS[: machine.ISAS.index(chosen)]
-    assert skipped in ((), ("avx512_bf16",))
+    cpu = cpu_facts()
+    slow_in_pairs = "GenuineIntel" in cpu.get("vendor_id", "") and (
+        {"amx_bf16", "amx_tile", "avx512_fp16"} & set(cpu.get("flags", "").split())
+    )
+    assert chosen == machine.ISAS[1 if machine.ISAS[0] == "avx512_bf16" and slow_in_pairs else 0]
+
+
+def test_which_cpus_follow_streams():
+    """Zen 3 and 4, of which /proc/cpuinfo tells on Linux."""
+    cpu = cpu_facts()
+    is_one = (cpu.get("vendor_id"), cpu.get("cpu family")) == ("AuthenticAMD", "25")
+    assert is_one == _engine.FOLLOWS_STREAMS
+
+
+def cpu_facts():
+    """What the Linux kernel tells of the first processor."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("no /proc/cpuinfo")
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    facts = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in facts}
+
+
+def test_the_read_bandwidth_is_that_of_all_arrays(monkeypatch):
+    """By a clock on which reading them takes a second."""
+    arrays = [np.ones((3, 1 << 10), dtype) for dtype in (np.float32, np.float16)]
+    monkeypatch.setattr(machine.time, "perf_counter", itertools.count().__next__)
+    for count in (1, 2):
+        assert machine.read_bandwidth(count, arrays) == sum(array.nbytes for array in arrays)
 
 
 def test_an_unknown_instruction_set_is_an_import_error():

@@ -375,16 +375,16 @@ static void free_problem(struct problem *p) {
 /* How a problem is run; none of it may change a bit of the result. */
 struct how {
     const char *name;
-    int tile;     /* keys at a time, whole blocks */
-    int vectors;  /* of a strip, at most */
-    int widen;    /* a full strip, however few the rows */
-    int ask;      /* compare every key with the ends, also those that all rows see */
-    int gap;      /* elements between rows */
-    int at_start; /* inputs begin behind a forbidden page rather than end before one */
-    int stage;    /* copy K and V tiles, also where that is not needed */
-    int few;      /* the kernels for few query rows */
-    int ahead;    /* bytes fetched ahead of use */
-    int helped;   /* fc_follows_streams */
+    int tile;            /* keys at a time, whole blocks */
+    int vectors;         /* of a strip, at most */
+    int widen;           /* a full strip, however few the rows */
+    int ask;             /* compare every key with the ends, also those that all rows see */
+    int gap;             /* elements between rows */
+    int at_start;        /* inputs begin behind a forbidden page rather than end before one */
+    int stage;           /* copy K and V tiles, also where that is not needed */
+    int few;             /* the kernels for few query rows */
+    int ahead;           /* bytes fetched ahead of use */
+    int follows_streams; /* as the CPU is said to do: fetch less */
 };
 
 static const struct how plainly = {.name = "plainly", .tile = 2 * FC_BLOCK, .vectors = FC_NV};
@@ -458,7 +458,7 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
             kernels->see(&part, ends, key);
         }
         part.ahead = how->ahead;
-        part.helped = how->helped;
+        part.follows_streams = how->follows_streams;
         part.cold = key == 0;
         part.rows_left = all_keys - key;
         if (how->ahead && !how->few) { /* V while K is read, then the next tile's K */
