@@ -157,6 +157,7 @@ cdef double SIGNAL_PERIOD = 0.05
 
 # How far ahead of use K and V are fetched where memory is the limit (decode.inc has the figures).
 cdef int AHEAD = 8 << 10
+# Whether less is fetched, because this CPU does (cpu.c).
 FOLLOWS_STREAMS = bool(fc_follows_streams())
 cdef int _follows_streams = FOLLOWS_STREAMS
 

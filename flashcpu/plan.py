@@ -251,7 +251,6 @@ def _chains(items, span, strips, few, threads):
     room = max(1, SPANS // strips)
     uncut = np.ones_like(spans)
     cuts = [np.maximum(1, -(-spans // most)) for most in range(room, 0, -1)]
-
     equal = spans.min() == spans.max()
 
     def cost(links):
