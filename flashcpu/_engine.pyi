@@ -4,7 +4,6 @@ BLOCK: int
 SPAN: int
 STRIP_VECTORS: int
 COMPILER: str
-FOLLOWS_STREAMS: bool
 
 class Storage:
     isa: str

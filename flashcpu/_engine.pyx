@@ -80,7 +80,7 @@ cdef extern from "kernels/kernels.h" nogil:
     Py_ssize_t FC_FEW_STRIDE(Py_ssize_t real_size)
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh, ahead, follows_streams, cold
+        int nq, nv, d, dv, fresh, ahead, cold
         int64_t rows_left
         double scale, power
         void *qt
@@ -131,7 +131,6 @@ cdef extern from "kernels/kernels.h" nogil:
 
     const char *const *fc_isas()
     const char *fc_fastest_isa()
-    int fc_follows_streams()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
     const fc_storage *fc_find_storage(const char *dtype, const char *arithmetic, const char *isa)
 
@@ -157,9 +156,6 @@ cdef double SIGNAL_PERIOD = 0.05
 
 # How far ahead of use K and V are fetched where memory is the limit (decode.inc has the figures).
 cdef int AHEAD = 8 << 10
-# Whether less is fetched, because this CPU does (cpu.c).
-FOLLOWS_STREAMS = bool(fc_follows_streams())
-cdef int _follows_streams = FOLLOWS_STREAMS
 
 
 cdef class Storage:
@@ -504,7 +500,7 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
     if full[0] < n:
         call.kernels.see(strip, ends, key)
     strip.rows_left = item[ITEM_KEY1] - key
-    strip.ahead, strip.follows_streams = AHEAD, _follows_streams
+    strip.ahead = AHEAD
     strip.cold = key == item[ITEM_KEY0]
     return n
 

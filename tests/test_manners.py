@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, normal
 
-from flashcpu import _engine, attention, machine, plan, threads
+from flashcpu import attention, machine, plan, threads
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals as POSIX has them")
 
@@ -499,13 +499,6 @@ def test_the_fastest_instruction_set_is_chosen_where_none_is_asked_for():
         {"amx_bf16", "amx_tile", "avx512_fp16"} & set(cpu.get("flags", "").split())
     )
     assert chosen == machine.ISAS[1 if machine.ISAS[0] == "avx512_bf16" and slow_in_pairs else 0]
-
-
-def test_which_cpus_follow_streams():
-    """Zen 3 and 4, of which /proc/cpuinfo tells on Linux."""
-    cpu = cpu_facts()
-    is_one = (cpu.get("vendor_id"), cpu.get("cpu family")) == ("AuthenticAMD", "25")
-    assert is_one == _engine.FOLLOWS_STREAMS
 
 
 def cpu_facts():

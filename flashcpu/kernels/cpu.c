@@ -56,13 +56,3 @@ const char *fc_fastest_isa(void) {
     const char *const *isas = fc_isas();
     return isas[strcmp(isas[0], "avx512_bf16") == 0 && is_slow_in_pairs()];
 }
-
-int fc_follows_streams(void) {
-#if defined(__x86_64__)
-    unsigned a = 0, b, c, d;
-    return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) &&
-           (a >> 8 & 0xf) + (a >> 20 & 0xff) == 0x19; /* the family: Zen 3 and 4 */
-#else
-    return 0;
-#endif
-}

@@ -32,20 +32,19 @@
  * Row strides are nv * lanes numbers of the real type; decode.inc lays out qt, s and o otherwise.
  */
 struct fc_strip {
-    int nq, nv, d, dv;   /* query rows, vectors that hold them, lengths of a query and a value */
-    int fresh;           /* the span has just been started: o is 0, whatever its memory holds */
-    int ahead;           /* bytes of K and of V that are fetched ahead of use, or 0 */
-    int follows_streams; /* as fc_follows_streams: with few rows, fetch less */
-    int cold;            /* the first tile of an item: nothing of it has been fetched yet */
-    int64_t rows_left;   /* rows of K and V from the first of this tile on that will be read */
-    double scale;        /* of the scores, times log2 e */
-    double power;        /* what queries take besides, with few rows: few_power, where they can */
-    void *qt;            /* [d][nv*W] queries, transposed, times scale * log2 e (storage.inc) */
-    void *m, *l, *o;     /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
-    void *m0, *l0, *o0;  /* the same of all spans before it, merged */
-    void *s;             /* [nk][nv*W] scores of the tile, then its weights */
-    void *alpha;         /* [blocks][nv*W] block maxima of the tile, then rescale factors */
-    void *end;           /* [nv*W] first key of the tile that the row does not see */
+    int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
+    int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
+    int ahead;          /* bytes of K and of V that are fetched ahead of use, or 0 */
+    int cold;           /* the first tile of an item: nothing of it has been fetched yet */
+    int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
+    double scale;       /* of the scores, times log2 e */
+    double power;       /* what queries take besides, with few rows: few_power, where they can */
+    void *qt;           /* [d][nv*W] queries, transposed, times scale * log2 e (storage.inc) */
+    void *m, *l, *o;    /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
+    void *m0, *l0, *o0; /* the same of all spans before it, merged */
+    void *s;            /* [nk][nv*W] scores of the tile, then its weights */
+    void *alpha;        /* [blocks][nv*W] block maxima of the tile, then rescale factors */
+    void *end;          /* [nv*W] first key of the tile that the row does not see */
     /* Rows that the next kernel of tile.inc reads, fetched while this one works; or none. */
     const char *soon;
     ptrdiff_t soon_stride; /* bytes */
@@ -109,9 +108,6 @@ struct fc_kernels {
 const char *const *fc_isas(void);
 /* The one of them to use unless another is asked for. */
 const char *fc_fastest_isa(void);
-/* Whether this CPU's own prefetchers follow one or two rows so well that fetching every line for
- * them costs more than it helps. */
-int fc_follows_streams(void);
 /* The tables, or NULL when this CPU or build does not have them. An instruction set has those of
  * the ones after it too, where it has none of its own. */
 const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmetic,

@@ -375,34 +375,32 @@ static void free_problem(struct problem *p) {
 /* How a problem is run; none of it may change a bit of the result. */
 struct how {
     const char *name;
-    int tile;            /* keys at a time, whole blocks */
-    int vectors;         /* of a strip, at most */
-    int widen;           /* a full strip, however few the rows */
-    int ask;             /* compare every key with the ends, also those that all rows see */
-    int gap;             /* elements between rows */
-    int at_start;        /* inputs begin behind a forbidden page rather than end before one */
-    int stage;           /* copy K and V tiles, also where that is not needed */
-    int few;             /* the kernels for few query rows */
-    int ahead;           /* bytes fetched ahead of use */
-    int follows_streams; /* as the CPU is said to do: fetch less */
+    int tile;     /* keys at a time, whole blocks */
+    int vectors;  /* of a strip, at most */
+    int widen;    /* a full strip, however few the rows */
+    int ask;      /* compare every key with the ends, also those that all rows see */
+    int gap;      /* elements between rows */
+    int at_start; /* inputs begin behind a forbidden page rather than end before one */
+    int stage;    /* copy K and V tiles, also where that is not needed */
+    int few;      /* the kernels for few query rows */
+    int ahead;    /* bytes fetched ahead of use */
 };
 
 static const struct how plainly = {.name = "plainly", .tile = 2 * FC_BLOCK, .vectors = FC_NV};
 /* clang-format off */
 static const struct how ways[] = {
-    {"rows apart, blocks alone",        FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 0, 0, 0},
-    {"staged",                          3 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 1, 0, 0, 0},
-    {"staged, rows apart",              FC_SPAN,      2,     0, 0, 3, 0, 1, 0, 0, 0},
-    {"every key asked for",             3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 0, 0, 0},
-    {"one vector a strip",              FC_SPAN,      1,     0, 0, 1, 0, 0, 0, 0, 0},
-    {"more vectors than rows",          2 * FC_BLOCK, FC_NV, 1, 0, 0, 1, 0, 0, 0, 0},
-    {"fetched ahead",                   FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 1, 0},
-    {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0, 0},
-    {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10, 0},
-    {"few rows, some fetched ahead",    FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10, 1},
-    {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0, 0},
+    {"rows apart, blocks alone",        FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 0, 0},
+    {"staged",                          3 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 1, 0, 0},
+    {"staged, rows apart",              FC_SPAN,      2,     0, 0, 3, 0, 1, 0, 0},
+    {"every key asked for",             3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 0, 0},
+    {"one vector a strip",              FC_SPAN,      1,     0, 0, 1, 0, 0, 0, 0},
+    {"more vectors than rows",          2 * FC_BLOCK, FC_NV, 1, 0, 0, 1, 0, 0, 0},
+    {"fetched ahead",                   FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 1},
+    {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0},
+    {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10},
+    {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
     {"few rows, every key asked for, fetched ahead",
-                                        3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10, 1},
+                                        3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10},
 };
 /* clang-format on */
 
@@ -458,7 +456,6 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
             kernels->see(&part, ends, key);
         }
         part.ahead = how->ahead;
-        part.follows_streams = how->follows_streams;
         part.cold = key == 0;
         part.rows_left = all_keys - key;
         if (how->ahead && !how->few) { /* V while K is read, then the next tile's K */
