@@ -3,27 +3,38 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from hashlib import sha256
 
 import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 
 class BuildExt(build_ext):
-    """Compiles the stubs at the same time, and leaves a copy of the extension beside its source.
+    """Compiles what has changed, the stubs at the same time, and leaves a copy beside its source.
 
-    The copy is there so that `python -m flashcpu` works in the root of a checkout too, where Python
-    finds the folder flashcpu/ before the installed package.
+    Every new environment has Cython write the engine again; the stubs, which take most of the time,
+    stay. The copy is there so that `python -m flashcpu` works in the root of a checkout too, where
+    Python finds the folder flashcpu/ before the installed package.
     """
 
     def build_extensions(self):
         compile_one_by_one = self.compiler.compile
 
-        def compile_all(sources, *args, **kwargs):
+        def compile_one(source, output_dir, **options):
+            (path,) = self.compiler.object_filenames([source], output_dir=output_dir)
+            if self.force or newer_group([source, *OWN], path):
+                compile_one_by_one([source], output_dir=output_dir, **options)
+            return path
+
+        def compile_all(sources, output_dir, **options):
+            # What other flags have made lies elsewhere.
+            flags = " ".join([*self.compiler.compiler_so, *options["extra_postargs"]])
+            place = os.path.join(output_dir, sha256(flags.encode()).hexdigest()[:8])
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = pool.map(lambda x: compile_one_by_one([x], *args, **kwargs), sources)
-                return [path for paths in objects for path in paths]
+                return list(pool.map(lambda x: compile_one(x, place, **options), sources))
 
         self.compiler.compile = compile_all
         super().build_extensions()
@@ -34,6 +45,11 @@ class BuildExt(build_ext):
             self.copy_extensions_to_source()
 
 
+# All that every object is made of, and nothing of the environment: Cython looks after that.
+OWN = ["setup.py", *glob("flashcpu/kernels/*.h"), *glob("flashcpu/kernels/*.inc")]
+# Python asks for -g itself, which takes a third of the time; CFLAGS=-g brings it back.
+DEBUG = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
+
 engine = Extension(
     "flashcpu._engine",
     # Each stub in isa/ chooses its instruction set with a pragma, so the flags are common.
@@ -43,11 +59,11 @@ engine = Extension(
         "flashcpu/kernels/dispatch.c",
         *sorted(glob("flashcpu/kernels/isa/*.c")),
     ],
-    depends=glob("flashcpu/kernels/*.h") + glob("flashcpu/kernels/*.inc"),
+    depends=OWN,
     include_dirs=[np.get_include(), "flashcpu"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     # Masks are -inf and results are promised bit for bit: never -ffast-math, no contraction.
-    extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fopenmp"],
+    extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fopenmp", *DEBUG],
     extra_link_args=["-fopenmp"],
     libraries=["m"],
 )
