@@ -1,6 +1,8 @@
 """Builds the one extension; everything else is in pyproject.toml."""
 
 import os
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from hashlib import sha256
@@ -26,13 +28,18 @@ class BuildExt(build_ext):
         def compile_one(source, output_dir, **options):
             (path,) = self.compiler.object_filenames([source], output_dir=output_dir)
             if self.force or newer_group([source, *OWN], path):
+                start = time.time()
                 compile_one_by_one([source], output_dir=output_dir, **options)
+                # As old as what was read: an edit meanwhile is newer.
+                os.utime(path, (start, start))
             return path
 
         def compile_all(sources, output_dir, **options):
-            # What other flags have made lies elsewhere.
-            flags = " ".join([*self.compiler.compiler_so, *options["extra_postargs"]])
-            place = os.path.join(output_dir, sha256(flags.encode()).hexdigest()[:8])
+            # What another compiler or other flags have made lies elsewhere.
+            command = [*self.compiler.compiler_so, *options["extra_postargs"]]
+            version = subprocess.run([*command, "--version"], capture_output=True).stdout
+            made_by = sha256(" ".join(command).encode() + version).hexdigest()[:8]
+            place = os.path.join(output_dir, made_by)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(pool.map(lambda x: compile_one(x, place, **options), sources))
 
@@ -47,8 +54,8 @@ class BuildExt(build_ext):
 
 # All that every object is made of, and nothing of the environment: Cython looks after that.
 OWN = ["setup.py", *glob("flashcpu/kernels/*.h"), *glob("flashcpu/kernels/*.inc")]
-# Python asks for -g itself, which takes a third of the time; CFLAGS=-g brings it back.
-DEBUG = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
+# Python asks for -g itself, which takes a third of the time; CFLAGS=-g, or -ggdb, keeps it.
+DEBUG = [] if " -g" in " " + os.environ.get("CFLAGS", "") else ["-g0"]
 
 engine = Extension(
     "flashcpu._engine",
