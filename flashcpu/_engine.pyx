@@ -154,7 +154,7 @@ cdef enum:
 cdef double SIGNAL_PERIOD = 0.05
 
 
-# How far ahead of use K and V are fetched where memory is the limit (decode.inc has the figures).
+# How far ahead of use K and V are fetched where memory is the limit (fetch.inc has the figures).
 cdef int AHEAD = 8 << 10
 
 
