@@ -29,6 +29,8 @@ import ctypes, hashlib, multiprocessing, os, resource, signal, sys, threading, t
 import numpy as np
 from flashcpu import attention, machine, plan, threads
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+
 def arrays(seed=0):
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((4, length, 24), np.float32) for length in (200, 300, 300)]
@@ -195,7 +197,6 @@ def test_ctrl_c_ends_a_long_call_of_a_forked_child(call, n):
         small(2)
         child = os.fork()
         if child == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 {call}({n})
             except KeyboardInterrupt:
