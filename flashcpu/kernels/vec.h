@@ -72,6 +72,13 @@ typedef real elem;
 INLINE int share(int n, int some, int all) { return (int)((int64_t)n * some / all); }
 /* A value of which the compiler does not know how it came about. */
 #define OPAQUE(x) __asm__("" : "+r"(x))
+/* A vector that several instructions take. Else GCC has each of them load it: twice the lines,
+ * where rows begin within one. */
+#if defined(FC_AVX512) || defined(FC_AVX2)
+#define LOADED_ONCE(x) __asm__("" : "+v"(x))
+#else
+#define LOADED_ONCE(x) (void)(x)
+#endif
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real vec_unaligned
@@ -358,7 +365,8 @@ INLINE vec v_pair(vec low, vec high) {
     return (vec)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 /* Weights side by side, rounded as those of v_pair, where 0 is made of subnormal ones first. */
-INLINE void v_store_weights(elem *p, vec x) {
+typedef elem weight;
+INLINE void v_store_weights(weight *p, vec x) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
 }
 /* Pairs of an element of each of two rows, n of 2 W elements, the rest 0: x[0] has those that the
@@ -367,8 +375,8 @@ INLINE void v_zip_elems(const elem *low, const elem *high, int n, vec x[2]) {
     const __mmask32 there = n >= 2 * W ? UINT32_MAX : ((uint32_t)1 << n) - 1;
     __m512i a = n >= 2 * W ? _mm512_loadu_si512(low) : _mm512_maskz_loadu_epi16(there, low);
     __m512i b = n >= 2 * W ? _mm512_loadu_si512(high) : _mm512_maskz_loadu_epi16(there, high);
-    /* Else GCC loads each for both zips: twice the lines, where rows begin within one. */
-    __asm__("" : "+v"(a), "+v"(b));
+    LOADED_ONCE(a);
+    LOADED_ONCE(b);
     x[0] = (vec)_mm512_unpacklo_epi16(a, b);
     x[1] = (vec)_mm512_unpackhi_epi16(a, b);
 }
@@ -401,7 +409,8 @@ INLINE vec v_pair(vec low, vec high) {
     return (vec)vzip1q_u16((uint16x8_t)vcvtq_low_bf16_f32(low),
                            (uint16x8_t)vcvtq_low_bf16_f32(high));
 }
-INLINE void v_store_weights(elem *p, vec x) { vst1_u16(p, (uint16x4_t)vcvt_bf16_f32(x)); }
+typedef elem weight;
+INLINE void v_store_weights(weight *p, vec x) { vst1_u16(p, (uint16x4_t)vcvt_bf16_f32(x)); }
 INLINE void v_zip_elems(const elem *low, const elem *high, int n, vec x[2]) {
     elem edge[2][2 * W] = {{0}};
     if (n < 2 * W) {
@@ -428,6 +437,8 @@ INLINE vec v_load_units(const elem *p, int n) {
     return *(const vec_stored_units *)edge;
 }
 #else
+typedef real weight;
+INLINE void v_store_weights(weight *p, vec x) { v_store(p, x); }
 INLINE void v_unzip(vec x[1]) { (void)x; }
 INLINE vec v_splat_unit(const elem *p) { return v_splat(*(const real *)p); }
 INLINE vec v_dot(vec a, vec b, vec c) { return v_fma(a, b, c); }
