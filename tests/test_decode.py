@@ -167,6 +167,19 @@ def test_an_unseen_half_of_a_pair_adds_not_even_a_sign(keys, bfloat16):
     assert_same(few, [x[:1] for x in many])
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("empty", [slice(256), slice(256, 512)], ids=["first", "second"])
+def test_a_span_without_weight_adds_not_even_a_sign(empty):
+    """A sum that underflowed to -0.0 stays so beside a span whose scores are all -inf."""
+    k = np.tile(np.repeat(np.arange(4, dtype=np.float32), 64), 2)[:, None]
+    v = np.full((512, 2), -0.0, np.float32)
+    v[::256] = -(2.0**-126)
+    k[empty], v[empty] = -np.inf, 0
+    few, many = (both(np.full((rows, 1), 30, np.float32), k, v) for rows in (1, 60))
+    assert np.signbit(many[0]).all()
+    assert_same(few, [x[:1] for x in many])
+
+
 # Chains
 
 

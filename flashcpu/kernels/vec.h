@@ -73,7 +73,7 @@ INLINE int share(int n, int some, int all) { return (int)((int64_t)n * some / al
 /* A value of which the compiler does not know how it came about. */
 #define OPAQUE(x) __asm__("" : "+r"(x))
 /* A vector that several instructions take. Else GCC has each of them load it: twice the lines,
- * where rows begin within one. */
+ * where rows begin within one; NEON has no products with memory. */
 #if defined(FC_AVX512) || defined(FC_AVX2)
 #define LOADED_ONCE(x) __asm__("" : "+v"(x))
 #else
@@ -347,6 +347,7 @@ INLINE int v_is_special(vec largest) { return (void)largest, 0; }
  * a number whose weight, in b, is -0.0. */
 #ifdef FC_PAIRS
 typedef uint32_t unit_unaligned __attribute__((aligned(2), may_alias));
+typedef elem stored_weight; /* side by side they are pairs */
 #if defined(FC_AVX512)
 INLINE vec v_splat_unit(const elem *p) {
     return (vec)(*(const unit_unaligned *)p - (vec_unsigned){0});
@@ -365,8 +366,7 @@ INLINE vec v_pair(vec low, vec high) {
     return (vec)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 /* Weights side by side, rounded as those of v_pair, where 0 is made of subnormal ones first. */
-typedef elem weight;
-INLINE void v_store_weights(weight *p, vec x) {
+INLINE void v_store_weights(stored_weight *p, vec x) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
 }
 /* Pairs of an element of each of two rows, n of 2 W elements, the rest 0: x[0] has those that the
@@ -409,8 +409,7 @@ INLINE vec v_pair(vec low, vec high) {
     return (vec)vzip1q_u16((uint16x8_t)vcvtq_low_bf16_f32(low),
                            (uint16x8_t)vcvtq_low_bf16_f32(high));
 }
-typedef elem weight;
-INLINE void v_store_weights(weight *p, vec x) { vst1_u16(p, (uint16x4_t)vcvt_bf16_f32(x)); }
+INLINE void v_store_weights(stored_weight *p, vec x) { vst1_u16(p, (uint16x4_t)vcvt_bf16_f32(x)); }
 INLINE void v_zip_elems(const elem *low, const elem *high, int n, vec x[2]) {
     elem edge[2][2 * W] = {{0}};
     if (n < 2 * W) {
@@ -437,8 +436,8 @@ INLINE vec v_load_units(const elem *p, int n) {
     return *(const vec_stored_units *)edge;
 }
 #else
-typedef real weight;
-INLINE void v_store_weights(weight *p, vec x) { v_store(p, x); }
+typedef real stored_weight;
+INLINE void v_store_weights(stored_weight *p, vec x) { v_store(p, x); }
 INLINE void v_unzip(vec x[1]) { (void)x; }
 INLINE vec v_splat_unit(const elem *p) { return v_splat(*(const real *)p); }
 INLINE vec v_dot(vec a, vec b, vec c) { return v_fma(a, b, c); }
