@@ -7,7 +7,6 @@ run of their keys, whole spans, and the items of the same rows are a chain. No c
 change a bit of the result. Next: _engine.pyx.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +95,7 @@ class Plan(NamedTuple):
 
 def is_small(problem, kv_len):
     """Whether a plan is worth remembering: planning would be felt, and there is little to keep."""
-    heads = math.prod(problem.lead) * problem.Hkv
+    heads = problem.members * problem.Hkv
     rows = heads * (problem.Lq * problem.group + 100)
     keys = heads * kv_len
     return rows < REMEMBERED and keys < REMEMBERED_KEYS
@@ -104,7 +103,7 @@ def is_small(problem, kv_len):
 
 def is_worth_threads(problem, kv_len):
     """Whether threads save more than it costs to start them."""
-    keys = kv_len * math.prod(problem.lead) if isinstance(kv_len, int) else int(kv_len.sum())
+    keys = kv_len * problem.members if isinstance(kv_len, int) else int(kv_len.sum())
     numbers = keys * problem.Hkv * (problem.D + problem.Dv)
     return numbers * max(problem.Lq * problem.group, READING) >= SMALL
 
@@ -166,8 +165,7 @@ def _staged(problem, lanes, row_stride, length):
 
 def _members(problem, out_strides, kv_len, q_start):
     """Byte offsets and lengths of every member of the batch."""
-    count = math.prod(problem.lead)
-    table = np.zeros((count, 6), np.int64)
+    table = np.zeros((problem.members, 6), np.int64)
     leads = (problem.q_lead, problem.k_lead, problem.v_lead, out_strides[: len(problem.lead)])
     for column, strides in enumerate(leads):
         offsets = np.zeros(1, np.int64)

@@ -24,6 +24,8 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 # Names of dtypes here and in the kernels. The 16-bit ones are stored, and computed in float32;
 # bfloat16 is the dtype of ml_dtypes, known by its name.
 NAMES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+# What may be given as an integer or a truth; made once, for `|` takes longer than the question.
+INTEGERS, TRUTHS = int | np.integer, bool | np.bool_
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,8 +39,10 @@ class Problem:
     rows: str  # how queries and results are stored: f64, f32, f16 or bf16
     stored: str  # how keys and values are stored
     lead: tuple  # broadcast leading axes: the members of the batch
+    members: int  # how many there are
     Hq: int
     Hkv: int
+    group: int  # query heads that share a KV head
     Lq: int
     Lkv: int
     D: int
@@ -53,11 +57,6 @@ class Problem:
     lse_shape: tuple
     scale: float
     causal: bool
-
-    @property
-    def group(self):
-        """Query heads that share a KV head."""
-        return self.Hq // self.Hkv if self.Hkv else 0
 
     @property
     def lse_dtype(self):
@@ -93,7 +92,10 @@ def operand(array, name):
             )
         if not dtype.isnative:
             return array.astype(dtype.newbyteorder("="), order="C")
-    if not array.flags.aligned or (array.ndim and not unit_last_stride(array)):
+    flags = array.flags
+    if flags.carray:  # aligned, contiguous, and writeable, as nearly all are: known at once
+        return array
+    if not flags.aligned or (array.ndim and not unit_last_stride(array)):
         # Broadcast axes stay so: one copy of what is there, not one of every repetition.
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-1])
         return np.broadcast_to(np.array(array[once], order="C"), array.shape)
@@ -156,8 +158,10 @@ def describe(dtypes, shapes, strides, scale, causal):
         rows=rows,
         stored=stored,
         lead=lead,
+        members=math.prod(lead),
         Hq=Hq,
         Hkv=Hkv,
+        group=Hq // Hkv if Hkv else 0,
         Lq=Lq,
         Lkv=Lkv,
         D=D,
@@ -209,7 +213,7 @@ def scale_factor(scale):
 
 def flag(value, name):
     """True or False; NumPy's too, but no other truth."""
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, TRUTHS):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
@@ -221,7 +225,7 @@ def per_member(value, name, lead, default, least, most):
     """
     if value is None:
         return default
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+    if isinstance(value, INTEGERS) and not isinstance(value, bool):
         value = int(value)
         low = high = value
     else:
@@ -265,7 +269,7 @@ def tile_sizes(tiles):
 
 def at_least_one(value, name):
     try:
-        if isinstance(value, bool | np.bool_):
+        if isinstance(value, TRUTHS):
             raise TypeError
         number = operator.index(value)
     except TypeError:
