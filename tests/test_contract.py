@@ -16,7 +16,7 @@ import pytest
 from checks import LAYOUTS, assert_same_bits, normal
 from rules import BLOCK, SPAN, attention_by_the_rules, fma_once, fma_twice
 
-from flashcpu import _engine, attention, machine, plan
+from flashcpu import _engine, attention, machine, plan, problem
 
 
 def both_dtypes(test):
@@ -246,6 +246,16 @@ def test_any_layout(Lq, layout, causal, dtype, rng):
     for i in range(3):  # each beside two contiguous ones
         mixed = [laid_out[j] if i == j else x for j, x in enumerate(arrays)]
         assert_same(both(*mixed, causal=causal), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_the_kernels_can_read_is_not_copied(layout, rng):
+    x = LAYOUTS[layout](normal(rng, (2, 2, 150, 20))[0])
+    read = problem.operand(x, "k")
+    assert read.flags.aligned
+    assert read.dtype.isnative
+    assert read.strides[-1] == read.itemsize
+    assert (read is x) == (layout not in list(LAYOUTS)[-5:])
 
 
 @pytest.mark.parametrize("Dv", [1, 7, 8, 15, 16, 17, 31, 32, 33, 65])
