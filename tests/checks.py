@@ -149,7 +149,7 @@ def reversed_in_memory(x, axis):
     return np.flip(np.flip(x, axis).copy(), axis)
 
 
-# (..., H, L, D) arrays of the same elements; all but the last five are read where they lie.
+# (..., H, L, D) arrays of the same elements; all but those of COPIED are read where they lie.
 LAYOUTS = {
     "heads between lengths and depth": lambda x: x.swapaxes(-3, -2).copy().swapaxes(-3, -2),
     "batch inside": lambda x: np.moveaxis(np.moveaxis(x, 0, -2).copy(), -2, 0),
@@ -169,3 +169,4 @@ LAYOUTS = {
     "misaligned": misaligned,
     "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
 }
+COPIED = ("Fortran order", "depth backwards", "every second column", "misaligned", "big-endian")
