@@ -78,6 +78,7 @@ cdef extern from "kernels/kernels.h" nogil:
         FC_NV
         FC_ALIGN
     Py_ssize_t FC_FEW_STRIDE(Py_ssize_t real_size)
+    Py_ssize_t FC_FEW_COLUMNS(Py_ssize_t d)
 
     struct fc_strip:
         int nq, nv, d, dv, fresh, ahead, cold
@@ -313,6 +314,7 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     cdef Py_ssize_t lanes = FC_NV * kernels.lanes
     cdef Py_ssize_t blocks = (call.keys + FC_BLOCK - 1) // FC_BLOCK
     cdef Py_ssize_t spans = (call.keys + FC_SPAN - 1) // FC_SPAN
+    cdef Py_ssize_t columns = FC_FEW_COLUMNS(call.d) if call.few else call.d
     cdef char *at = base
     cdef fc_strip strip
     cdef int i
@@ -332,7 +334,7 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     strip.alpha = carve(&at, blocks * lanes * real)
     strip.end = carve(&at, lanes * real)
     for i in range(call.strips):
-        strip.qt = carve(&at, bytes_for(call, (call.d + step - 1) // step) + FC_ALIGN)
+        strip.qt = carve(&at, bytes_for(call, (columns + step - 1) // step) + FC_ALIGN)
         if base is not NULL:
             into.strips[i] = strip
     if call.stage_k:

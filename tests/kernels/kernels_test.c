@@ -519,7 +519,8 @@ static void attend(const struct target *t, const struct problem *p, const struct
         const size_t of_rows = (size_t)strip.nq * size;
         const size_t o_bytes =
             how->few ? of_rows * whole(p->dv, t->kernels->step * lanes) : line * p->dv;
-        strip.qt = take(&scratch, how->few ? of_rows * whole(units, lanes) + size : line * units);
+        const ptrdiff_t few_units = whole(FC_FEW_COLUMNS(p->d) / t->kernels->step, lanes);
+        strip.qt = take(&scratch, how->few ? of_rows * few_units + size : line * units);
         strip.m = take(&scratch, line);
         strip.l = take(&scratch, line);
         strip.o = take(&scratch, o_bytes);
