@@ -83,6 +83,8 @@ cdef extern from "kernels/kernels.h" nogil:
     struct fc_strip:
         int nq, nv, d, dv, fresh, ahead, cold
         int64_t rows_left
+        const void *next_k
+        const void *next_v
         double scale, power
         void *qt
         void *m
@@ -147,9 +149,9 @@ STRIP_VECTORS = FC_NV
 
 # Columns of the plan's two tables (plan.py names them alike).
 cdef enum:
-    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY0, ITEM_KEY1, ITEM_END, ITEM_CHAIN
+    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY0, ITEM_KEY1, ITEM_END, ITEM_CHAIN, ITEM
 cdef enum:
-    MEMBER_Q, MEMBER_K, MEMBER_V, MEMBER_OUT, MEMBER_KV_LEN, MEMBER_Q_START
+    MEMBER_Q, MEMBER_K, MEMBER_V, MEMBER_OUT, MEMBER_KV_LEN, MEMBER_Q_START, MEMBER
 
 # Seconds between two looks at whether a signal handler wants to end the call.
 cdef double SIGNAL_PERIOD = 0.05
@@ -255,10 +257,15 @@ cdef struct Call:
     int64_t heads, group, lq
     int d, dv, keys, strips, spans, causal, stage_k, stage_v
     double scale
+    # The plan's tables: what is different.
+    const int64_t *items
+    const int64_t *members
+    int64_t n_items
+    int64_t *next_item
+    int threads
     # Rows whose keys are cut: the state of each chain of items, and the key it has come to.
     char *chains
     int64_t *turns
-    int64_t *next_item
     # Where its threads meet: set when the call is to end early.
     int *stop
     void *handler_error
@@ -503,7 +510,7 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
         call.kernels.see(strip, ends, key)
     strip.rows_left = item[ITEM_KEY1] - key
     strip.ahead = AHEAD
-    strip.cold = key == item[ITEM_KEY0]
+    strip.cold = strip.cold and key == item[ITEM_KEY0]
     return n
 
 
@@ -599,20 +606,42 @@ cdef int attend_tile_few(const Call *call, const int64_t *item, const Workspace 
     return waiting
 
 
-cdef void attend_item(const Call *call, const int64_t *item, const int64_t *member, char *scratch,
+cdef const char *keys_of(const Call *call, const int64_t *item) noexcept nogil:
+    """Where the keys of an item's member and head begin."""
+    return (call.k + call.members[item[ITEM_MEMBER] * MEMBER + MEMBER_K]
+            + item[ITEM_HEAD] * call.k_head)
+
+
+cdef const char *values_of(const Call *call, const int64_t *item) noexcept nogil:
+    return (call.v + call.members[item[ITEM_MEMBER] * MEMBER + MEMBER_V]
+            + item[ITEM_HEAD] * call.v_head)
+
+
+cdef void expect(const Call *call, const int64_t *item, fc_strip *strip) noexcept nogil:
+    """Have the first rows of an item fetched while the strip reads the last ones of another."""
+    strip.next_k = keys_of(call, item) + item[ITEM_KEY0] * call.k_row
+    strip.next_v = values_of(call, item) + item[ITEM_KEY0] * call.v_row
+
+
+cdef void attend_item(const Call *call, int64_t number, bint expected, char *scratch,
                       double *looked) noexcept nogil:
-    """Stream the keys of one item past its query rows.
+    """Stream the keys of one item past its query rows; it was expected, or nothing of it is there.
 
     The last step of the ladder, flash_attention_algorithmic, on strips; spans of keys are joined as
     in flash_attention.
     """
-    cdef const char *k = call.k + member[MEMBER_K] + item[ITEM_HEAD] * call.k_head
-    cdef const char *v = call.v + member[MEMBER_V] + item[ITEM_HEAD] * call.v_head
+    cdef const int64_t *item = call.items + number * ITEM
+    cdef const int64_t *member = call.members + item[ITEM_MEMBER] * MEMBER
+    cdef const char *k = keys_of(call, item)
+    cdef const char *v = values_of(call, item)
     cdef int64_t key = item[ITEM_KEY0], tile_end
     cdef int strips, waiting = 0
     cdef Workspace work
 
     lay_out(call, scratch, &work)
+    work.strips.cold = not expected
+    if number + call.threads < call.n_items:
+        expect(call, item + call.threads * ITEM, work.strips)
     if item[ITEM_CHAIN] >= 0:
         work.merged = call.chains + item[ITEM_CHAIN] * state_bytes(call)
     strips = pack_rows(call, item, member, &work)
@@ -639,39 +668,36 @@ cdef void attend_item(const Call *call, const int64_t *item, const int64_t *memb
         finish_rows(call, item, member, &work, strips)
 
 
-cdef void attend_some(const Call *call, const int64_t[:, ::1] items, const int64_t[:, ::1] members,
-                      char *scratch, double *looked) noexcept nogil:
+cdef void attend_some(const Call *call, char *scratch, double *looked) noexcept nogil:
     """Take items in their order until there are none, or the call is to end.
 
     In their order, whatever the threads do: who waits for its turn waits for an item that somebody
     has taken. In the default floating-point environment, whatever the thread has: libraries may
     have set it to round otherwise or to flush subnormals, and the bits must not depend on that.
     """
-    cdef Py_ssize_t i = fc_take(call.next_item)
+    cdef int64_t i = fc_take(call.next_item), expected = -1  # threads most often take turns
     cdef fenv_t found
     fegetenv(&found)
     fesetenv(FE_DFL_ENV)
-    while i < items.shape[0] and call.stop[0] == 0:
-        attend_item(call, &items[i, 0], &members[items[i, ITEM_MEMBER], 0], scratch, looked)
+    while i < call.n_items and call.stop[0] == 0:
+        attend_item(call, i, i == expected, scratch, looked)
+        expected = i + call.threads
         i = fc_take(call.next_item)
     fesetenv(&found)
 
 
-cdef void attend_items(const Call *call, const int64_t[:, ::1] items,
-                       const int64_t[:, ::1] members, int threads, char *scratch,
-                       Py_ssize_t scratch_size) noexcept nogil:
+cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size) noexcept nogil:
     """Items to whichever thread is free; the calling thread looks for signals.
 
     One thread needs no parallel region, and does not start one.
     """
     cdef double looked = openmp.omp_get_wtime()
-    cdef int thread
+    cdef int threads = call.threads, thread
     if threads == 1:
-        attend_some(call, items, members, scratch, &looked)
+        attend_some(call, scratch, &looked)
     else:
         for thread in prange(threads, schedule="static", chunksize=1, num_threads=threads):
-            attend_some(call, items, members, scratch + thread * scratch_size,
-                        &looked if threadid() == 0 else NULL)
+            attend_some(call, scratch + thread * scratch_size, &looked if threadid() == 0 else NULL)
 
 
 cdef class Prepared:
@@ -721,7 +747,9 @@ cdef class Prepared:
         call.out = cnp.PyArray_BYTES(out)
         call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
         call.stop = &own_stop if stop is None else &stop[0]
-        call.next_item = &next_item
+        call.items, call.n_items = &self.items[0, 0], self.items.shape[0]
+        call.members, call.next_item = &self.members[0, 0], &next_item
+        call.threads = self.threads
         call.handler_error = <void *>handler_error
         if posix_memalign(<void **>&scratch, FC_ALIGN, scratch_size + chained):
             raise MemoryError(
@@ -732,8 +760,7 @@ cdef class Prepared:
         memset(call.chains, 0, chained)
         try:
             with nogil:
-                attend_items(&call, self.items, self.members, self.threads, scratch,
-                             self.workspace_bytes)
+                attend_items(&call, scratch, self.workspace_bytes)
         finally:
             free(scratch)
         if handler_error:

@@ -458,6 +458,7 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
         part.ahead = how->ahead;
         part.cold = key == 0;
         part.rows_left = all_keys - key;
+        part.next_k = v, part.next_v = k;
         if (how->ahead && !how->few) { /* V while K is read, then the next tile's K */
             part.soon = v + key * ldv_rows * size, part.soon_stride = ldv_rows * size;
             part.soon_rows = there, part.soon_bytes = p->dv * size;
