@@ -675,13 +675,17 @@ cdef void attend_some(const Call *call, char *scratch, double *looked) noexcept 
     has taken. In the default floating-point environment, whatever the thread has: libraries may
     have set it to round otherwise or to flush subnormals, and the bits must not depend on that.
     """
-    cdef int64_t i = fc_take(call.next_item), expected = -1  # threads most often take turns
+    cdef int64_t i = fc_take(call.next_item), expected = -1
+    cdef const int64_t *item
     cdef fenv_t found
     fegetenv(&found)
     fesetenv(FE_DFL_ENV)
     while i < call.n_items and call.stop[0] == 0:
         attend_item(call, i, i == expected, scratch, looked)
-        expected = i + call.threads
+        # Threads mostly take items in turn. A short one does not reach all the first rows of the
+        # next.
+        item = call.items + i * ITEM
+        expected = i + call.threads if item[ITEM_KEY1] - item[ITEM_KEY0] >= FC_SPAN else -1
         i = fc_take(call.next_item)
     fesetenv(&found)
 
