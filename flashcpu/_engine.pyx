@@ -149,9 +149,11 @@ STRIP_VECTORS = FC_NV
 
 # Columns of the plan's two tables (plan.py names them alike).
 cdef enum:
-    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY0, ITEM_KEY1, ITEM_END, ITEM_CHAIN, ITEM
+    ITEM_MEMBER, ITEM_HEAD, ITEM_ROW0, ITEM_ROW1, ITEM_KEY0, ITEM_KEY1, ITEM_END, ITEM_CHAIN
+    ITEM_COLUMNS
 cdef enum:
-    MEMBER_Q, MEMBER_K, MEMBER_V, MEMBER_OUT, MEMBER_KV_LEN, MEMBER_Q_START, MEMBER
+    MEMBER_Q, MEMBER_K, MEMBER_V, MEMBER_OUT, MEMBER_KV_LEN, MEMBER_Q_START
+    MEMBER_COLUMNS
 
 # Seconds between two looks at whether a signal handler wants to end the call.
 cdef double SIGNAL_PERIOD = 0.05
@@ -257,16 +259,16 @@ cdef struct Call:
     int64_t heads, group, lq
     int d, dv, keys, strips, spans, causal, stage_k, stage_v
     double scale
-    # The plan's tables: what is different.
+    # What differs from item to item: the plan's tables.
     const int64_t *items
     const int64_t *members
     int64_t n_items
-    int64_t *next_item
-    int threads
     # Rows whose keys are cut: the state of each chain of items, and the key it has come to.
     char *chains
     int64_t *turns
-    # Where its threads meet: set when the call is to end early.
+    # Where its threads meet; stop is set when the call is to end early.
+    int threads
+    int64_t *next_item
     int *stop
     void *handler_error
 
@@ -608,12 +610,12 @@ cdef int attend_tile_few(const Call *call, const int64_t *item, const Workspace 
 
 cdef const char *keys_of(const Call *call, const int64_t *item) noexcept nogil:
     """Where the keys of an item's member and head begin."""
-    return (call.k + call.members[item[ITEM_MEMBER] * MEMBER + MEMBER_K]
+    return (call.k + call.members[item[ITEM_MEMBER] * MEMBER_COLUMNS + MEMBER_K]
             + item[ITEM_HEAD] * call.k_head)
 
 
 cdef const char *values_of(const Call *call, const int64_t *item) noexcept nogil:
-    return (call.v + call.members[item[ITEM_MEMBER] * MEMBER + MEMBER_V]
+    return (call.v + call.members[item[ITEM_MEMBER] * MEMBER_COLUMNS + MEMBER_V]
             + item[ITEM_HEAD] * call.v_head)
 
 
@@ -630,8 +632,8 @@ cdef void attend_item(const Call *call, int64_t number, bint expected, char *scr
     The last step of the ladder, flash_attention_algorithmic, on strips; spans of keys are joined as
     in flash_attention.
     """
-    cdef const int64_t *item = call.items + number * ITEM
-    cdef const int64_t *member = call.members + item[ITEM_MEMBER] * MEMBER
+    cdef const int64_t *item = call.items + number * ITEM_COLUMNS
+    cdef const int64_t *member = call.members + item[ITEM_MEMBER] * MEMBER_COLUMNS
     cdef const char *k = keys_of(call, item)
     cdef const char *v = values_of(call, item)
     cdef int64_t key = item[ITEM_KEY0], tile_end
@@ -641,7 +643,7 @@ cdef void attend_item(const Call *call, int64_t number, bint expected, char *scr
     lay_out(call, scratch, &work)
     work.strips.cold = not expected
     if number + call.threads < call.n_items:
-        expect(call, item + call.threads * ITEM, work.strips)
+        expect(call, item + call.threads * ITEM_COLUMNS, work.strips)
     if item[ITEM_CHAIN] >= 0:
         work.merged = call.chains + item[ITEM_CHAIN] * state_bytes(call)
     strips = pack_rows(call, item, member, &work)
@@ -682,9 +684,9 @@ cdef void attend_some(const Call *call, char *scratch, double *looked) noexcept 
     fesetenv(FE_DFL_ENV)
     while i < call.n_items and call.stop[0] == 0:
         attend_item(call, i, i == expected, scratch, looked)
-        # Threads mostly take items in turn. A short one does not reach all the first rows of the
-        # next.
-        item = call.items + i * ITEM
+        # Threads mostly take items in turn, so this one's next is as many further. Of that a short
+        # item does not reach all the first rows.
+        item = call.items + i * ITEM_COLUMNS
         expected = i + call.threads if item[ITEM_KEY1] - item[ITEM_KEY0] >= FC_SPAN else -1
         i = fc_take(call.next_item)
     fesetenv(&found)
@@ -723,6 +725,8 @@ cdef class Prepared:
         cdef Call *call = &self.call
         (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, self.threads,
          self.chains, self.members, self.items) = plan
+        call.items, call.n_items = &self.items[0, 0], self.items.shape[0]
+        call.members, call.threads = &self.members[0, 0], self.threads
         call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
         call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
         (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
@@ -751,9 +755,7 @@ cdef class Prepared:
         call.out = cnp.PyArray_BYTES(out)
         call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
         call.stop = &own_stop if stop is None else &stop[0]
-        call.items, call.n_items = &self.items[0, 0], self.items.shape[0]
-        call.members, call.next_item = &self.members[0, 0], &next_item
-        call.threads = self.threads
+        call.next_item = &next_item
         call.handler_error = <void *>handler_error
         if posix_memalign(<void **>&scratch, FC_ALIGN, scratch_size + chained):
             raise MemoryError(

@@ -34,9 +34,10 @@ READING = 8
 # is widened for two strips at once is 7 % faster.
 ITEMS = 16
 # Items a thread should have where keys are cut, for the same reason; and what it costs to begin
-# one, in spans streamed: nothing is fetched yet, the states of its rows are made and handed on. Two
-# threads, beside 32 items: 6 of 3 KV heads (2048 keys, D = 64) 1.1 to 1.3 times as fast, 8 of 8 KV
-# heads (1024 keys, D = 128) 1.2 to 1.4, of 8192 keys 1.0 to 1.06.
+# one, in spans streamed: the states of its rows are made and handed on (measured when nothing of an
+# item was fetched before it began, either). Two threads, beside 32 items: 6 of 3 KV heads (2048
+# keys, D = 64) 1.1 to 1.3 times as fast, 8 of 8 KV heads (1024 keys, D = 128) 1.2 to 1.4, of 8192
+# keys 1.0 to 1.06.
 EVEN = 3
 BEGIN_FEW, BEGIN_MANY = 0.5, 0.1
 # Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.

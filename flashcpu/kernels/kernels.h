@@ -25,7 +25,7 @@
 /* Bytes from a row's scores to the next row's, with few rows: those of a span, and a line more, or
  * the rows would stand in the same sets of L1. */
 #define FC_FEW_STRIDE(real_size) (FC_SPAN * (real_size) + FC_ALIGN)
-/* Columns that few query rows have: as many as whole pieces of K, 16 bytes of whatever type. */
+/* Columns of few packed query rows: d, filled up to whole pieces of K, 16 bytes of any type. */
 #define FC_FEW_COLUMNS(d) (((d) + 7) / 8 * 8)
 /* What the workspace is aligned to, in bytes: unaligned scratch cost AVX2 a third of its speed. */
 #define FC_ALIGN 64

@@ -398,6 +398,7 @@ static const struct how ways[] = {
     {"fetched ahead",                   FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 1},
     {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0},
     {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10},
+    {"few rows apart, fetched ahead",   FC_SPAN,      FC_NV, 0, 0, 3, 0, 0, 1, 2 << 10},
     {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
     {"few rows, every key asked for, fetched ahead",
                                         3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10},
@@ -456,9 +457,10 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
             kernels->see(&part, ends, key);
         }
         part.ahead = how->ahead;
-        part.cold = key == 0;
+        part.cold = key == 0 && how->ask;
         part.rows_left = all_keys - key;
-        part.next_k = v, part.next_v = k;
+        /* Any address will do, or none. */
+        part.next_k = how->ask ? NULL : v, part.next_v = how->ask ? NULL : k;
         if (how->ahead && !how->few) { /* V while K is read, then the next tile's K */
             part.soon = v + key * ldv_rows * size, part.soon_stride = ldv_rows * size;
             part.soon_rows = there, part.soon_bytes = p->dv * size;
