@@ -282,6 +282,7 @@ cdef struct Workspace:
     void **lse_rows
     void *k
     void *v
+    int next_rows  # of the next item's first tile
     char *merged  # the state of the rows
     char *spans  # those of spans that were streamed and not yet merged
 
@@ -533,6 +534,13 @@ cdef int end_span(const Call *call, const int64_t *item, const Workspace *work, 
     return 0 if merge_spans(call, item, work, strips, key, waiting, last) else waiting
 
 
+cdef void fetch_during(fc_strip *strip, const void *rows, ptrdiff_t stride, int n,
+                       ptrdiff_t row_bytes) noexcept nogil:
+    """Have n rows, which are read next, fetched by the next kernel."""
+    strip.soon, strip.soon_stride = <const char *>rows, stride
+    strip.soon_rows, strip.soon_bytes = n, <int>row_bytes
+
+
 cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *work, int strips,
                      int waiting, const char *k, const char *v, int64_t key,
                      int64_t tile_end) noexcept nogil:
@@ -543,8 +551,16 @@ cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *wor
     cdef const void *v_tile = v + key * call.v_row
     cdef ptrdiff_t ldk = call.k_row // stored.elem_size, ldv = call.v_row // stored.elem_size
     cdef ptrdiff_t panel = kernels.panel
+    cdef ptrdiff_t k_bytes = call.d * stored.elem_size, v_bytes = call.dv * stored.elem_size
     cdef int nk = <int>(tile_end - key), n, full, i
+    # The tile that is read after this one, of the next item after the last.
+    cdef const void *next_k = work.strips.next_k
+    cdef const void *next_v = work.strips.next_v
+    cdef int next_rows = work.next_rows
     cdef fc_strip strip
+    if tile_end < item[ITEM_KEY1]:
+        next_k, next_v = k + tile_end * call.k_row, v + tile_end * call.v_row
+        next_rows = <int>min(<int64_t>nk, item[ITEM_KEY1] - tile_end)
     if call.stage_k:
         stored.stage_rows(work.k, k_tile, ldk, nk, call.d)
         k_tile, ldk = work.k, (call.d + kernels.step - 1) // kernels.step * kernels.step
@@ -559,16 +575,15 @@ cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *wor
             continue
         if strip.fresh:
             kernels.start_span(&strip)
-        if strips == 1 and not call.stage_v:
-            strip.soon, strip.soon_stride = <const char *>v_tile, call.v_row
-            strip.soon_rows, strip.soon_bytes = n, call.dv * stored.elem_size
+        # The first strip fetches this tile's V, if it is read where it lies, the last one what the
+        # next tile begins with.
+        if not call.stage_v and i == 0:
+            fetch_during(&strip, v_tile, call.v_row, n, v_bytes)
+        elif call.stage_v and i == strips - 1:
+            fetch_during(&strip, next_v, call.v_row, next_rows, v_bytes)
         call.steps.scores(&strip, k_tile, ldk, n, full)
         call.steps.softmax(&strip, n, full)
-        strip.soon_rows = 0
-        if strips == 1 and not call.stage_k:
-            strip.soon, strip.soon_stride = k + tile_end * call.k_row, call.k_row
-            strip.soon_rows = <int>min(<int64_t>nk, item[ITEM_KEY1] - tile_end)
-            strip.soon_bytes = call.d * stored.elem_size
+        fetch_during(&strip, next_k, call.k_row, next_rows if i == strips - 1 else 0, k_bytes)
         call.steps.accumulate(&strip, v_tile, ldv, panel, n, full)
     return end_span(call, item, work, strips, waiting, tile_end)
 
@@ -619,10 +634,11 @@ cdef const char *values_of(const Call *call, const int64_t *item) noexcept nogil
             + item[ITEM_HEAD] * call.v_head)
 
 
-cdef void expect(const Call *call, const int64_t *item, fc_strip *strip) noexcept nogil:
-    """Have the first rows of an item fetched while the strip reads the last ones of another."""
-    strip.next_k = keys_of(call, item) + item[ITEM_KEY0] * call.k_row
-    strip.next_v = values_of(call, item) + item[ITEM_KEY0] * call.v_row
+cdef void expect(const Call *call, const int64_t *item, Workspace *work) noexcept nogil:
+    """Have the first rows of an item fetched while the last ones of another are read."""
+    work.strips.next_k = keys_of(call, item) + item[ITEM_KEY0] * call.k_row
+    work.strips.next_v = values_of(call, item) + item[ITEM_KEY0] * call.v_row
+    work.next_rows = <int>min(<int64_t>call.keys, item[ITEM_KEY1] - item[ITEM_KEY0])
 
 
 cdef void attend_item(const Call *call, int64_t number, bint expected, char *scratch,
@@ -641,9 +657,9 @@ cdef void attend_item(const Call *call, int64_t number, bint expected, char *scr
     cdef Workspace work
 
     lay_out(call, scratch, &work)
-    work.strips.cold = not expected
+    work.strips.cold, work.next_rows = not expected, 0
     if number + call.threads < call.n_items:
-        expect(call, item + call.threads * ITEM_COLUMNS, work.strips)
+        expect(call, item + call.threads * ITEM_COLUMNS, &work)
     if item[ITEM_CHAIN] >= 0:
         work.merged = call.chains + item[ITEM_CHAIN] * state_bytes(call)
     strips = pack_rows(call, item, member, &work)

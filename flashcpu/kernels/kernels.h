@@ -49,7 +49,7 @@ struct fc_strip {
     void *s;            /* [nk][nv*W] scores of the tile, then its weights */
     void *alpha;        /* [blocks][nv*W] block maxima of the tile, then rescale factors */
     void *end;          /* [nv*W] first key of the tile that the row does not see */
-    /* Rows that the next kernel of tile.inc reads, fetched while this one works; or none. */
+    /* Rows that are read next, which a kernel of tile.inc fetches while it works; or none. */
     const char *soon;
     ptrdiff_t soon_stride; /* bytes */
     int soon_rows, soon_bytes;
