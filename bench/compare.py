@@ -77,7 +77,7 @@ def cold_rows(kind, cases, fraction=None):
 
 
 # Around the sizes at which the kernels' registers are full.
-FEW = (1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 32, 33, 40, 47, 48, 64)
+FEW = (1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 32, 33, 40, 47, 48, 49, 56, 64)
 
 ROWS = (
     Row("prefill f32", square(1, 8, 2048, 64), 0.84, scaling=1.90),

@@ -7,6 +7,7 @@ COMPILER: str
 
 class Storage:
     isa: str
+    few_shares: tuple[float, float, float]
     def __init__(self, dtype: str, arithmetic: str, isa: str) -> None: ...
 
 class Kernels:
@@ -14,7 +15,6 @@ class Kernels:
     isa: str
     lanes: int
     step: int
-    few_share: float
     def __init__(self, dtype: str, isa: str) -> None: ...
     def fma_rate(self, seconds: float) -> float: ...
     def read_bytes(self, buffer: Any, threads: int) -> None: ...

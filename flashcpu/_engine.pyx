@@ -104,6 +104,7 @@ cdef extern from "kernels/kernels.h" nogil:
         const char *isa
         int elem_size
         double few_power
+        double few_shares[3]
         void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -125,7 +126,6 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
                            int) noexcept nogil
         void (*merge)(const fc_strip *) noexcept nogil
-        double few_share
         void (*softmax_few)(const fc_strip *, int, int) noexcept nogil
         void (*merge_few)(const fc_strip *) noexcept nogil
         double (*fma_loop)(long) noexcept nogil
@@ -168,12 +168,14 @@ cdef class Storage:
 
     cdef const fc_storage *table
     cdef readonly str isa
+    cdef readonly tuple few_shares
 
     def __cinit__(self, str dtype, str arithmetic, str isa):
         self.table = fc_find_storage(dtype.encode(), arithmetic.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
         self.isa = self.table.isa.decode()
+        self.few_shares = tuple([self.table.few_shares[i] for i in range(3)])
 
 
 cdef class Kernels:
@@ -182,7 +184,6 @@ cdef class Kernels:
     cdef const fc_kernels *table
     cdef readonly str dtype, isa
     cdef readonly int lanes, step
-    cdef readonly double few_share
 
     def __cinit__(self, str dtype, str isa):
         self.table = fc_find_kernels(dtype.encode(), isa.encode())
@@ -190,7 +191,6 @@ cdef class Kernels:
             raise ValueError(f"no {dtype} arithmetic on {isa!r}, or not on this CPU")
         self.dtype, self.isa = dtype, self.table.isa.decode()
         self.lanes, self.step = self.table.lanes, self.table.step
-        self.few_share = self.table.few_share
 
     def fma_rate(self, double seconds):
         """Flops a second of nothing but FMAs on one thread, over about `seconds`."""

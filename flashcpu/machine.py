@@ -50,7 +50,7 @@ def use_isa(name):
 
 def kernels(rows, stored, isa_name):
     """The arithmetic for queries and keys in these dtypes, and what the plan must know of it."""
-    return _kernels(arithmetic(rows, stored, isa_name), isa_name)
+    return _kernels(arithmetic(rows, stored, isa_name), stored, isa_name)
 
 
 @cache
@@ -63,14 +63,14 @@ def arithmetic(rows, stored, isa_name):
 
 
 @cache
-def _kernels(name, isa_name):
+def _kernels(name, stored, isa_name):
     table = _engine.Kernels(name, isa_name)
     return table, Lanes(
         width=table.lanes,
         vectors=_engine.STRIP_VECTORS,
         block=_engine.BLOCK,
         span=_engine.SPAN,
-        few_share=table.few_share,
+        few_shares=storage(stored, name, isa_name).few_shares,
         arithmetic=name,
         step=table.step,
     )
@@ -169,7 +169,7 @@ def read_bandwidth(threads=1, arrays=None):
     caches before, which may be larger than they are.
     """
     arrays = [np.ones(256 << 20, np.uint8)] if arrays is None else arrays
-    table, _ = _kernels("f32", isa())
+    table, _ = kernels("f32", "f32", isa())
     buffers = [array.reshape(-1).view(np.uint8) for array in arrays]
     shortest = math.inf
     for _ in range(3):

@@ -28,16 +28,16 @@ SCORES = 4096
 SMALL = 2_500_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
-# Items of query rows that each thread should have, if there are rows for it, so that the last one
-# never keeps a thread alone for long. It helps one thread too: 8 heads, 64 and 96 rows of f32
-# against 4096 keys out of memory, strip by strip 92 to 102 GFLOP/s, two at once 84 to 93. But what
-# is widened for two strips at once is 7 % faster.
-ITEMS = 16
-# Items a thread should have where keys are cut, for the same reason; and what it costs to begin
-# one, in spans streamed: the states of its rows are made and handed on (measured when nothing of an
-# item was fetched before it began, either). Two threads, beside 32 items: 6 of 3 KV heads (2048
-# keys, D = 64) 1.1 to 1.3 times as fast, 8 of 8 KV heads (1024 keys, D = 128) 1.2 to 1.4, of 8192
-# keys 1.0 to 1.06.
+# What it costs to bring a tile of K and V to the strips of an item, in the time of so many of its
+# query rows, and to widen or zip it besides. 2048 rows strip by strip beside four at once, Zen 4,
+# D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and 100, 99 and 103; bf16 in pairs 164
+# and 175, 178 and 191.
+READ, STAGE = 1, 4
+# Items that a thread should have, so that the last one does not keep others waiting for long. And
+# what it costs to begin one where keys are cut, of few rows and of many, in spans streamed: the
+# states of its rows are made and handed on (measured when nothing of an item was fetched before it
+# began, either). Two threads, beside 32 items: 6 of 3 KV heads (2048 keys, D = 64) 1.1 to 1.3 times
+# as fast, 8 of 8 KV heads (1024 keys, D = 128) 1.2 to 1.4, of 8192 keys 1.0 to 1.06.
 EVEN = 3
 BEGIN_FEW, BEGIN_MANY = 0.5, 0.1
 # Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.
@@ -47,19 +47,11 @@ SPANS = 8
 REMEMBERED = 20_000
 # And keys of all KV heads: the items of a chain grow with them.
 REMEMBERED_KEYS = 1 << 20
-# What is widened is staged where lanes are queries, so that lanes are keys up to a larger share of
-# them (FEW_SHARE in kernels/decode.inc has the figures).
-WIDENED = 1 / 4
-# Keys from which they come out of memory rather than a cache. Nearer ones are as fast or faster by
-# lanes of queries where rows fill their vectors: f32, 16 rows, 64 to 128 keys 76 to 86 GFLOP/s, by
-# lanes of keys 65 to 71.
+# Keys from which K and V come out of memory rather than a cache. Nearer ones are faster by lanes of
+# queries where rows nearly fill their vectors: 64 keys in L2, 48 and 64 rows, 0.84 to 0.94 of the
+# time, 512 keys 0.9 to 1.
 LONG = 1024
 FULL = 7 / 8
-# The same for several vectors of f32, also out of memory: D = 64 and 128, of the FMA rate, on
-# Sapphire Rapids 32 rows 0.52 and 0.51 by lanes of queries, 0.40 and 0.46 by lanes of keys, 48 rows
-# 0.65 and 0.64, 0.48 and 0.46. On Zen 4 the same by both, but 40 rows 1.15 times as fast by lanes
-# of keys, where Sapphire Rapids takes 1.3 times as long as for 48 by lanes of queries.
-SEVERAL = 3 / 4
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
@@ -74,7 +66,7 @@ class Lanes(NamedTuple):
     vectors: int  # vectors in a strip
     block: int  # keys between two rescales
     span: int  # keys between two merges
-    few_share: float  # of the lanes of a strip's vectors: with at most so many rows they are keys
+    few_shares: tuple  # kernels.h: up to which lanes are keys
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 
@@ -120,12 +112,12 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     rows = problem.Lq * problem.group
     few = _few(problem, lanes, rows)
     strips, keys = _tile(problem, lanes, tiles, rows, few, len(members), threads)
-    items = _items(problem, lanes, members, rows, strips)
+    items = _items(problem, lanes, members, rows, strips, few)
     items, chains, spans = _chains(items, lanes.span, strips, few, threads)
     for table in (members, items):
         table.setflags(write=False)
     return Plan(
-        few=rows if few else 0,
+        few=int((items[:, ROW1] - items[:, ROW0]).max(initial=0)) if few else 0,
         strips=strips,
         keys=keys,
         spans=spans,
@@ -141,14 +133,12 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
 def _few(problem, lanes, rows):
     """Whether lanes are better keys than query rows."""
     vectors = -(-rows // lanes.width)
-    share = lanes.few_share
+    one, several, strips = lanes.few_shares
+    share = one if vectors == 1 else several if vectors <= lanes.vectors else strips
     if problem.Lkv < LONG:
         share = min(share, FULL)
-    if vectors > 1 and lanes.arithmetic == "f32":
-        share = min(share, SEVERAL)
-    share += WIDENED if problem.stored != lanes.arithmetic else 0
-    most = lanes.vectors if problem.Lkv >= MANY * lanes.block else 1
-    return 0 < rows <= share * vectors * lanes.width and vectors <= most
+    enough = vectors == 1 or problem.Lkv >= MANY * lanes.block
+    return enough and 0 < rows <= share * vectors * lanes.width
 
 
 def _staged(problem, lanes, row_stride, length):
@@ -191,34 +181,43 @@ def _tile(problem, lanes, tiles, rows, few, count, threads):
     strip_rows = lanes.width * lanes.vectors
     all_strips = max(1, -(-rows // strip_rows))
     all_keys = max(1, -(-problem.Lkv // lanes.block)) * lanes.block
-    if tiles is not None:
-        strips = min(-(-tiles[0] // strip_rows), all_strips)
-        keys = -(-tiles[1] // lanes.block) * lanes.block
-    elif few:
-        strips, keys = 1, all_keys
+    if few:
+        strips, keys = 1, tiles[1] if tiles else all_keys
+    elif tiles:
+        strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
-        strips, keys = min(STRIPS, all_strips), KEYS
-        parts = problem.Hkv * count  # times those of the strips
-        widened = problem.stored != lanes.arithmetic or lanes.step > 1
-        enough = 1 if widened and threads == 1 else ITEMS * threads
-        while strips > 1 and -(-all_strips // strips) * parts < enough:
-            strips -= 1
+        staged = problem.stored != lanes.arithmetic or lanes.step > 1
+        strips = _strips(rows, all_strips, problem.Hkv * count, staged, threads)
+        keys = KEYS
+    keys = -(-keys // lanes.block) * lanes.block
     if keys > lanes.span:
-        most = max(SCORES // rows, lanes.span) if few else lanes.span
+        most = max(SCORES * all_strips // rows, lanes.span) if few else lanes.span
         keys = min(keys, most) // lanes.span * lanes.span
     return strips, min(keys, all_keys)
 
 
-def _items(problem, lanes, members, rows, strips):
+def _strips(rows, all_strips, heads, staged, threads):
+    """How many strips share a tile of K and V: threads are to have enough items, and end soon."""
+
+    def cost(strips):
+        parts = -(-all_strips // strips)
+        items = heads * parts
+        heaped = -(-items // threads) * (rows / parts + READ + STAGE * staged)
+        return items < EVEN * threads and threads > 1, heaped
+
+    return min(range(1, min(STRIPS, all_strips) + 1), key=cost)
+
+
+def _items(problem, lanes, members, rows, strips, few):
     """Items in the order in which threads take them.
 
     Members with more keys first; a member's heads in turn, so that threads share K and V in L3;
     under causal a head's last rows first, so that the light items end the call.
     """
-    vectors = -(-rows // lanes.width)
-    parts = -(-vectors // (strips * lanes.vectors))
-    # Evenly, in whole vectors: a last item of one vector would be slow.
-    edges = np.minimum(np.arange(parts + 1) * vectors // max(parts, 1) * lanes.width, rows)
+    parts = -(-rows // (strips * lanes.vectors * lanes.width))
+    # Evenly, in whole vectors if they hold rows: a last item of one vector would be slow.
+    unit = 1 if few else lanes.width
+    edges = np.minimum(np.arange(parts + 1) * -(-rows // unit) // max(parts, 1) * unit, rows)
     if problem.causal:
         edges = edges[::-1]
     row0, row1 = (edges[1:], edges[:-1]) if problem.causal else (edges[:-1], edges[1:])

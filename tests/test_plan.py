@@ -27,9 +27,9 @@ problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
 LANES = [
-    plan.Lanes(16, 3, 64, 256, 1.0, "f32", 1),
-    plan.Lanes(2, 3, 64, 256, 0.75, "f64", 1),
-    plan.Lanes(4, 2, 8, 192, 0.0, "f32", 1),
+    plan.Lanes(16, 3, 64, 256, (1.0, 0.75, 0.875), "f32", 1),
+    plan.Lanes(2, 3, 64, 256, (0.75, 0.75, 0.75), "f64", 1),
+    plan.Lanes(4, 2, 8, 192, (0.0, 0.0, 0.0), "f32", 1),
 ]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
 
@@ -90,9 +90,10 @@ def test_items_are_cut_evenly_in_whole_vectors_that_fit_the_strips(lanes):
     workspace would be the end."""
     for asked, planned in every_plan(lanes):
         row0, row1 = planned.items[:, plan.ROW0], planned.items[:, plan.ROW1]
-        assert (row0 % lanes.width == 0).all()
-        ends = row1[row1 < asked.Lq * asked.group]
-        assert (ends % lanes.width == 0).all()
+        if not planned.few:
+            assert (row0 % lanes.width == 0).all()
+            ends = row1[row1 < asked.Lq * asked.group]
+            assert (ends % lanes.width == 0).all()
         vectors = -(-(row1 - row0) // lanes.width)
         assert vectors.max() <= planned.strips * lanes.vectors
         assert vectors.max() - vectors.min() <= 1
@@ -335,18 +336,29 @@ def test_small_work_is_not_worth_threads():
     assert not plan.is_worth_threads(large, 0)
 
 
-@every_lanes
-def test_there_are_items_for_many_threads_where_there_are_rows(lanes):
-    for threads in (2, 5, 64):
-        planned = cut(ask((1, 1, 10_000, 8), (1, 1, 10_000, 8)), lanes, threads=threads)
-        assert planned.strips == 1 or len(planned.items) >= plan.ITEMS * threads
-        assert len(planned.items) >= min(plan.ITEMS * threads, 10_000 // 48)
-    # One thread shares what is widened among as many strips as it can.
-    asked = ask((1, 1, 96, 8), (1, 1, 100, 8))
-    assert cut(asked, LANES[0], threads=1).strips == 1
-    narrow = replace(asked, rows="f16", stored="f16")
-    assert cut(narrow, LANES[0], threads=1).strips == 2
-    assert cut(narrow, LANES[0], threads=2).strips == 1
+@pytest.mark.parametrize(
+    ("heads", "strips", "threads", "stored", "shared"),
+    [
+        (8, 2, 1, "f32", 2),
+        (1, 2, 1, "f16", 2),  # threads alone need no more items than one
+        (1, 2, 2, "f16", 1),
+        (8, 2, 2, "f16", 2),  # four items each
+        (9, 2, 2, "f16", 1),  # 9 halves each, where 5 and 4 would be uneven
+        (8, 2, 3, "f16", 1),
+        (1, 8, 2, "f32", 1),  # else two items each
+        (8, 8, 2, "f32", 4),
+        (1, 43, 2, "f32", 2),  # 22 items, of four strips each 11
+        (1, 200, 64, "f32", 1),
+    ],
+)
+def test_strips_share_tiles_where_threads_still_have_enough_to_do(
+    heads, strips, threads, stored, shared
+):
+    rows = strips * 48
+    asked = replace(ask((1, heads, rows, 8), (1, heads, 100, 8)), stored=stored, rows=stored)
+    planned = cut(asked, LANES[0], threads=threads)
+    assert planned.strips == shared
+    assert len(planned.items) == heads * -(-strips // shared)
 
 
 @pytest.mark.parametrize(("stride", "staged"), [(4096, True), (-8192, True), (4128, False)])
@@ -389,24 +401,37 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
     """Up to a share of the lanes of their vectors, and of one vector where keys are few."""
     many = 2 * LANES[0].block
 
-    def few_rows(Lkv, stored="f32", lanes=LANES[0]):
+    def few_rows(Lkv, lanes=LANES[0]):
         def planned(rows):
-            asked = replace(ask((1, 1, rows, 8), (1, 1, Lkv, 8)), rows=stored, stored=stored)
-            return cut(asked, lanes).few
+            few = cut(ask((1, 1, rows, 8), (1, 1, Lkv, 8)), lanes).few
+            parts = -(-rows // 48)
+            assert few in (0, -(-rows // parts)), "rows of an item, in equal parts"
+            return few
 
-        assert all(planned(rows) in (0, rows) for rows in range(1, 101))
-        return {rows for rows in range(1, 101) if planned(rows)}
+        return {rows for rows in range(1, 401) if planned(rows)}
 
-    one = set(range(1, 15))
-    assert few_rows(many - 1) == one
-    assert few_rows(many) == one | set(range(17, 25)) | set(range(33, 37))
-    assert few_rows(many, "f16") == set(range(1, 49))  # what would be staged
+    def up_to(share, vectors):
+        return {rows for n in vectors for rows in range(16 * n - 15, int(share * 16 * n) + 1)}
+
+    beyond = range(4, 26)
+    assert few_rows(many - 1) == up_to(7 / 8, [1])
+    assert few_rows(many) == up_to(7 / 8, [1]) | up_to(0.75, [2, 3]) | up_to(7 / 8, beyond)
     assert few_rows(1023) == few_rows(many)
     assert few_rows(1024) == few_rows(many) | {15, 16}  # out of memory
-    for other, step in (("f64", 1), ("bf16", 2)):
-        lanes = LANES[0]._replace(arithmetic=other, step=step)
-        assert few_rows(1023, other, lanes) == one | set(range(17, 29)) | set(range(33, 43))
-        assert few_rows(1024, other, lanes) == set(range(1, 49))
+    half = LANES[0]._replace(few_shares=(1.0, 1.0, 0.95))
+    assert few_rows(1023, half) == up_to(7 / 8, [1, 2, 3, *beyond])
+    assert few_rows(1024, half) == up_to(1, [1, 2, 3]) | up_to(0.95, beyond)
+    assert max(few_rows(1024, half)) == 273  # of 18 vectors
+
+
+@every_lanes
+def test_few_rows_of_several_strips_are_items_of_equal_parts(lanes):
+    asked = ask((2, 3, 2 * lanes.width * lanes.vectors + 1, 8), (2, 3, 9000, 8))
+    planned = cut(asked, lanes._replace(few_shares=(1.0, 1.0, 1.0)))
+    rows = planned.items[:, plan.ROW1] - planned.items[:, plan.ROW0]
+    assert planned.strips == 1
+    assert planned.few == rows.max() <= lanes.width * lanes.vectors
+    assert rows.min() >= rows.max() - 1
 
 
 def test_few_rows_count_what_reading_costs_when_threads_are_chosen():

@@ -60,6 +60,9 @@ struct fc_storage {
     const char *dtype, *arithmetic, *isa;
     int elem_size;    /* bytes of a stored element */
     double few_power; /* scores_few may read K as 1 / few_power of what it is */
+    /* the kernels for few query rows are faster up to these shares of the lanes of one vector, of
+     * several in a strip, of those of several strips */
+    double few_shares[3];
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows);
@@ -97,8 +100,7 @@ struct fc_kernels {
                        int nk, int full);
     /* (m0, l0, o0) <- merge of (m0, l0, o0) and (m, l, o) */
     void (*merge)(const struct fc_strip *);
-    /* the same for few query rows: faster up to this share of the lanes of a strip's vectors */
-    double few_share;
+    /* the same for few query rows */
     void (*softmax_few)(const struct fc_strip *, int nk, int full);
     void (*merge_few)(const struct fc_strip *);
 
