@@ -76,7 +76,7 @@ def cold_rows(kind, cases, fraction=None):
     return [Row(f"{kind} {case.dtype}", case, fraction, is_cold=True) for case in cases]
 
 
-# Around the sizes at which the kernels' registers are full.
+# Around the sizes at which the kernels' registers are full, and the first that are cut into parts.
 FEW = (1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 24, 32, 33, 40, 47, 48, 49, 56, 64)
 
 ROWS = (

@@ -11,11 +11,11 @@ of `keys`:
     S        keys x strip, written and read in L1 or L2, never leaves
     out      once a row
 
-With few query rows (decode.inc) a tile is several spans of keys; K and V come once, the rest stays
-in L1 and L2. Where threads would have too few items or uneven ones, the keys of a row are cut into
-several items, whole spans each. An item streams its spans from nothing, each on its own, and their
-states wait for their turn: they are merged into the state of the row in the order of the keys,
-whichever thread had them.
+With few query rows (decode.inc) a tile is several spans of keys; K and V come once an item, the
+rest stays in L1 and L2. Where threads would have too few items or uneven ones, the keys of a row
+are cut into several items, whole spans each. An item streams its spans from nothing, each on its
+own, and their states wait for their turn: they are merged into the state of the row in the order of
+the keys, whichever thread had them.
 
 Scratch belongs to the call: one workspace a thread, and the states of rows that are cut, taken
 before the loop. Nothing is static.
@@ -249,7 +249,7 @@ cdef struct Call:
     const fc_storage *rows  # how queries and results are stored
     const fc_storage *stored  # how keys and values are
     Steps steps
-    int few  # rows of an item, where lanes are keys; else 0
+    int few  # most rows of an item, where lanes are keys; else 0
     const char *q
     const char *k
     const char *v
@@ -557,6 +557,7 @@ cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *wor
     cdef const void *next_k = work.strips.next_k
     cdef const void *next_v = work.strips.next_v
     cdef int next_rows = work.next_rows
+    cdef bint first = True
     cdef fc_strip strip
     if tile_end < item[ITEM_KEY1]:
         next_k, next_v = k + tile_end * call.k_row, v + tile_end * call.v_row
@@ -575,12 +576,13 @@ cdef int attend_tile(const Call *call, const int64_t *item, const Workspace *wor
             continue
         if strip.fresh:
             kernels.start_span(&strip)
-        # The first strip fetches this tile's V, if it is read where it lies, the last one what the
-        # next tile begins with.
-        if not call.stage_v and i == 0:
-            fetch_during(&strip, v_tile, call.v_row, n, v_bytes)
+        # The first strip that sees any fetches this tile's V, if it is read where it lies, the last
+        # one what the next tile begins with.
+        if first and not call.stage_v:
+            fetch_during(&strip, v_tile, call.v_row, nk, v_bytes)
         elif call.stage_v and i == strips - 1:
             fetch_during(&strip, next_v, call.v_row, next_rows, v_bytes)
+        first = False
         call.steps.scores(&strip, k_tile, ldk, n, full)
         call.steps.softmax(&strip, n, full)
         fetch_during(&strip, next_k, call.k_row, next_rows if i == strips - 1 else 0, k_bytes)

@@ -33,11 +33,12 @@ READING = 8
 # D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and 100, 99 and 103; bf16 in pairs 164
 # and 175, 178 and 191.
 READ, STAGE = 1, 4
-# Items that a thread should have, so that the last one does not keep others waiting for long. And
-# what it costs to begin one where keys are cut, of few rows and of many, in spans streamed: the
-# states of its rows are made and handed on (measured when nothing of an item was fetched before it
-# began, either). Two threads, beside 32 items: 6 of 3 KV heads (2048 keys, D = 64) 1.1 to 1.3 times
-# as fast, 8 of 8 KV heads (1024 keys, D = 128) 1.2 to 1.4, of 8192 keys 1.0 to 1.06.
+# Items that a thread should have, so that the last one does not keep others waiting for long: two
+# threads, f16, 80 rows of 9 heads strip by strip, of 8 heads both strips at once, 1.13 times as
+# fast as 16 halves. Where keys are cut, beside 32 items, 6 of 3 KV heads (2048 keys, D = 64) 1.1 to
+# 1.3 times as fast, 8 of 8 KV heads (1024 keys, D = 128) 1.2 to 1.4, of 8192 keys 1.0 to 1.06. And
+# what it costs to begin one of these, of few rows and of many, in spans streamed: the states of its
+# rows are made and handed on. (With few rows 0.02 to 1 cut nothing otherwise that was measured.)
 EVEN = 3
 BEGIN_FEW, BEGIN_MANY = 0.5, 0.1
 # Most spans in an item of a chain, times its strips: their states wait in the thread's scratch.
@@ -48,8 +49,8 @@ REMEMBERED = 20_000
 # And keys of all KV heads: the items of a chain grow with them.
 REMEMBERED_KEYS = 1 << 20
 # Keys from which K and V come out of memory rather than a cache. Nearer ones are faster by lanes of
-# queries where rows nearly fill their vectors: 64 keys in L2, 48 and 64 rows, 0.84 to 0.94 of the
-# time, 512 keys 0.9 to 1.
+# queries where rows nearly fill their vectors: 128 keys in L2, 16 rows of f32 take 1.1 times as
+# long by lanes of keys, 48 rows in 16 bits 1.06 to 1.1 times, 512 keys 1.07 and up to 1.03 times.
 LONG = 1024
 FULL = 7 / 8
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
@@ -66,7 +67,7 @@ class Lanes(NamedTuple):
     vectors: int  # vectors in a strip
     block: int  # keys between two rescales
     span: int  # keys between two merges
-    few_shares: tuple  # kernels.h: up to which lanes are keys
+    few_shares: tuple  # shares of full lanes up to which lanes are keys: one vector, a strip, more
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 
@@ -74,7 +75,7 @@ class Lanes(NamedTuple):
 class Plan(NamedTuple):
     """Tiles, how many threads will run, and the two tables that the engine walks."""
 
-    few: int  # so few query rows that lanes are keys, the kernels of decode.inc; else 0
+    few: int  # most rows of an item where lanes are keys, the kernels of decode.inc; else 0
     strips: int
     keys: int
     spans: int  # of an item whose keys are cut, else 1
@@ -133,8 +134,8 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
 def _few(problem, lanes, rows):
     """Whether lanes are better keys than query rows."""
     vectors = -(-rows // lanes.width)
-    one, several, strips = lanes.few_shares
-    share = one if vectors == 1 else several if vectors <= lanes.vectors else strips
+    one, several, more = lanes.few_shares
+    share = one if vectors == 1 else several if vectors <= lanes.vectors else more
     if problem.Lkv < LONG:
         share = min(share, FULL)
     enough = vectors == 1 or problem.Lkv >= MANY * lanes.block
@@ -191,7 +192,7 @@ def _tile(problem, lanes, tiles, rows, few, count, threads):
         keys = KEYS
     keys = -(-keys // lanes.block) * lanes.block
     if keys > lanes.span:
-        most = max(SCORES * all_strips // rows, lanes.span) if few else lanes.span
+        most = max(SCORES // rows, lanes.span) if few else lanes.span
         keys = min(keys, most) // lanes.span * lanes.span
     return strips, min(keys, all_keys)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 INF, NAN = float("inf"), float("nan")
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
 # Few query rows of a KV head have kernels of their own.
-few_or_many = pytest.mark.parametrize("Lq", [3, 50], ids=["few rows", "many rows"])
+few_or_many = pytest.mark.parametrize("Lq", [3, 63], ids=["few rows", "many rows"])
 
 # Around the widths of vectors, register tiles, panels, strips.
 WIDTHS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 80, 100, 128, 256, 512]
@@ -338,22 +338,22 @@ def test_out_is_filled_and_returned(shape, dtype, rng):
 def misaligned_view(memory, dtype):
     return (
         memory.view(np.uint8)
-        .reshape(-1)[1 : 1 + 2 * 4 * 50 * 5 * np.dtype(dtype).itemsize]
+        .reshape(-1)[1 : 1 + 2 * 4 * 63 * 5 * np.dtype(dtype).itemsize]
         .view(dtype)
-        .reshape(2, 4, 50, 5)
+        .reshape(2, 4, 63, 5)
     )
 
 
 OUTS = {
-    "contiguous": lambda room: room[1:3, 2:6, :50, :5].copy(),
-    "inside a larger array": lambda room: room[1:3, 2:6, 7:57, 3:8],
-    "every second row and head": lambda room: room[1:3, 0:8:2, 1:101:2, 3:8],
-    "heads inside": lambda room: room[1:3, 2:52, 1:5, 3:8].swapaxes(1, 2),
-    "batch inside": lambda room: np.moveaxis(room[2:6, 2:52, 1:3, 3:8], 2, 0),
-    "backwards": lambda room: room[2:0:-1, 5:1:-1, 56:6:-1, 3:8],
-    "columns backwards": lambda room: room[1:3, 2:6, 7:57, 7:2:-1],
-    "every second column": lambda room: room[1:3, 2:6, 7:57, 1:11:2],
-    "Fortran order": lambda room: room.T[:5, :50, :4, :2].T,
+    "contiguous": lambda room: room[1:3, 2:6, :63, :5].copy(),
+    "inside a larger array": lambda room: room[1:3, 2:6, 7:70, 3:8],
+    "every second row and head": lambda room: room[1:3, 0:8:2, 1:127:2, 3:8],
+    "heads inside": lambda room: room[1:3, 2:65, 1:5, 3:8].swapaxes(1, 2),
+    "batch inside": lambda room: np.moveaxis(room[2:6, 2:65, 1:3, 3:8], 2, 0),
+    "backwards": lambda room: room[2:0:-1, 5:1:-1, 69:6:-1, 3:8],
+    "columns backwards": lambda room: room[1:3, 2:6, 7:70, 7:2:-1],
+    "every second column": lambda room: room[1:3, 2:6, 7:70, 1:11:2],
+    "Fortran order": lambda room: room.T[:5, :63, :4, :2].T,
     "misaligned": lambda room: misaligned_view(room, room.dtype),
 }
 
@@ -364,7 +364,7 @@ OUTS = {
 @few_or_many
 def test_nothing_outside_out_is_written(Lq, layout, Dv, dtype, rng):
     q, k, v = normal(rng, (2, 4, Lq, 8), (2, 2, 70, 8), (2, 2, 70, Dv), dtype=dtype)
-    room = rng.standard_normal((8, 60, 120, 12)).astype(dtype)
+    room = rng.standard_normal((8, 80, 140, 12)).astype(dtype)
     out = OUTS[layout](room)[:, :, :Lq, :Dv]
     before = room.copy()
     attention(q, k, v, causal=True, out=out)
@@ -570,7 +570,7 @@ def test_keys_of_score_minus_infinity_add_nothing(Lq, first, dtype, rng):
 @both_dtypes
 @pytest.mark.parametrize("Lkv", [1, 2, 63, 64, 65, 255, 257, 2049])
 def test_values_of_one_give_one(Lkv, dtype, rng):
-    q, k = normal(rng, (2, 50, 8), (2, Lkv, 8), dtype=dtype)
+    q, k = normal(rng, (2, 63, 8), (2, Lkv, 8), dtype=dtype)
     out = attention(3 * q, k, np.ones((2, Lkv, 3), dtype))
     assert np.abs(out - 1).max() <= 16 * np.finfo(dtype).eps
 
@@ -578,7 +578,7 @@ def test_values_of_one_give_one(Lkv, dtype, rng):
 @both_dtypes
 @pytest.mark.parametrize("Lkv", [1, 2, 64, 257, 2049])
 def test_equal_values_come_back(Lkv, dtype, rng):
-    q, k, v = normal(rng, (2, 50, 8), (2, Lkv, 8), (2, 1, 3), dtype=dtype)
+    q, k, v = normal(rng, (2, 63, 8), (2, Lkv, 8), (2, 1, 3), dtype=dtype)
     out = attention(q, k, np.repeat(v, Lkv, axis=1))
     np.testing.assert_allclose(out, np.broadcast_to(v, out.shape), 16 * np.finfo(dtype).eps)
 
@@ -586,7 +586,7 @@ def test_equal_values_come_back(Lkv, dtype, rng):
 @both_dtypes
 @pytest.mark.parametrize("Lkv", [2, 65, 700])
 def test_the_order_of_keys_matters_to_rounding_only(Lkv, dtype, rng):
-    q, k, v = normal(rng, (2, 50, 8), (2, Lkv, 8), (2, Lkv, 5), dtype=dtype)
+    q, k, v = normal(rng, (2, 63, 8), (2, Lkv, 8), (2, Lkv, 5), dtype=dtype)
     order = rng.permutation(Lkv)
     out, lse = attention(q, k[:, order], v[:, order], return_lse=True)
     assert_within_budget(out, lse, q, k, v)
@@ -594,7 +594,7 @@ def test_the_order_of_keys_matters_to_rounding_only(Lkv, dtype, rng):
 
 def test_a_cut_along_keys_merges_to_the_whole(rng):
     """By the formula of merge, from the two results and their lse."""
-    q, k, v = normal(rng, (2, 50, 8), (2, 300, 8), (2, 300, 5), dtype=np.float64)
+    q, k, v = normal(rng, (2, 63, 8), (2, 300, 8), (2, 300, 5), dtype=np.float64)
     whole, whole_lse = attention(q, k, v, return_lse=True)
     for cut in (1, 64, 150, 299):
         left, left_lse = attention(q, k[:, :cut], v[:, :cut], return_lse=True)

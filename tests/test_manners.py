@@ -422,7 +422,7 @@ def test_nothing_beside_the_arrays_is_touched():
         libc = ctypes.CDLL(None, use_errno=True)
         kept = []
         SHAPES = [(1, 1, 1, 1), (1, 70, 17, 33), (3, 300, 64, 20), (17, 65, 5, 3)]
-        SHAPES += [(50, 70, 17, 33), (49, 301, 64, 20), (12, 257, 33, 130)]
+        SHAPES += [(50, 70, 17, 33), (49, 301, 64, 20), (63, 301, 64, 20), (12, 257, 33, 130)]
         dtypes = [np.float32, np.float64, np.float16]
         try:
             import ml_dtypes

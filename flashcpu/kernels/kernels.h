@@ -60,8 +60,8 @@ struct fc_storage {
     const char *dtype, *arithmetic, *isa;
     int elem_size;    /* bytes of a stored element */
     double few_power; /* scores_few may read K as 1 / few_power of what it is */
-    /* the kernels for few query rows are faster up to these shares of the lanes of one vector, of
-     * several in a strip, of those of several strips */
+    /* for so many query rows the kernels for few are faster: shares of the lanes that would hold
+     * them, of one vector, of several in a strip, of several strips */
     double few_shares[3];
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
