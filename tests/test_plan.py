@@ -350,6 +350,8 @@ def test_small_work_is_not_worth_threads():
         (8, 2, 3, "f16", 1),
         (1, 8, 2, "f32", 1),  # else two items each
         (8, 8, 2, "f32", 4),
+        (3, 9, 2, "f32", 1),  # 14 and 13; two at once would be 8 and 7 of these
+        (3, 9, 2, "f16", 2),  # but then K and V are widened half as often
         (1, 43, 2, "f32", 2),  # 22 items, of four strips each 11
         (1, 200, 64, "f32", 1),
     ],
