@@ -7,7 +7,7 @@ COMPILER: str
 
 class Storage:
     isa: str
-    few_shares: tuple[float, float, float]
+    few_shares: tuple[float, ...]
     def __init__(self, dtype: str, arithmetic: str, isa: str) -> None: ...
 
 class Kernels:

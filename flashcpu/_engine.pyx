@@ -104,7 +104,7 @@ cdef extern from "kernels/kernels.h" nogil:
         const char *isa
         int elem_size
         double few_power
-        double few_shares[3]
+        const double *few_shares
         void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -175,7 +175,7 @@ cdef class Storage:
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
         self.isa = self.table.isa.decode()
-        self.few_shares = tuple([self.table.few_shares[i] for i in range(3)])
+        self.few_shares = tuple([self.table.few_shares[i] for i in range(FC_NV + 1)])
 
 
 cdef class Kernels:

@@ -67,7 +67,7 @@ class Lanes(NamedTuple):
     vectors: int  # vectors in a strip
     block: int  # keys between two rescales
     span: int  # keys between two merges
-    few_shares: tuple  # shares of full lanes up to which lanes are keys: one vector, a strip, more
+    few_shares: tuple  # of the lanes of 1, 2, ... vectors, of more: with so many rows they are keys
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 
@@ -134,8 +134,7 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
 def _few(problem, lanes, rows):
     """Whether lanes are better keys than query rows."""
     vectors = -(-rows // lanes.width)
-    one, several, more = lanes.few_shares
-    share = one if vectors == 1 else several if vectors <= lanes.vectors else more
+    share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
     if problem.Lkv < LONG:
         share = min(share, FULL)
     enough = vectors == 1 or problem.Lkv >= MANY * lanes.block

@@ -27,8 +27,8 @@ problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
 LANES = [
-    plan.Lanes(16, 3, 64, 256, (1.0, 0.75, 0.85), "f32", 1),
-    plan.Lanes(2, 3, 64, 256, (0.875, 0.6, 0.0), "f64", 1),
+    plan.Lanes(16, 3, 64, 256, (1.0, 0.85, 0.75, 0.85), "f32", 1),
+    plan.Lanes(2, 3, 64, 256, (0.875, 0.6, 0.6, 0.0), "f64", 1),
     plan.Lanes(4, 2, 8, 192, (0.0, 0.0, 0.0), "f32", 1),
 ]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
@@ -420,10 +420,10 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
 
     beyond = range(4, 26)
     assert few_rows(many - 1) == up_to(7 / 8, [1])
-    assert few_rows(many) == up_to(7 / 8, [1]) | up_to(0.75, [2, 3]) | up_to(0.85, beyond)
+    assert few_rows(many) == up_to(7 / 8, [1]) | up_to(0.75, [3]) | up_to(0.85, [2, *beyond])
     assert few_rows(1023) == few_rows(many)
     assert few_rows(1024) == few_rows(many) | {15, 16}  # out of memory
-    half = LANES[0]._replace(few_shares=(1.0, 1.0, 0.95))
+    half = LANES[0]._replace(few_shares=(1.0, 1.0, 1.0, 0.95))
     assert few_rows(1023, half) == up_to(7 / 8, [1, 2, 3, *beyond])
     assert few_rows(1024, half) == up_to(1, [1, 2, 3]) | up_to(0.95, beyond)
     assert max(few_rows(1024, half)) == 273  # of 18 vectors
@@ -432,7 +432,7 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
 @every_lanes
 def test_few_rows_of_several_strips_are_items_of_equal_parts(lanes):
     asked = ask((2, 3, 2 * lanes.width * lanes.vectors + 1, 8), (2, 3, 9000, 8))
-    planned = cut(asked, lanes._replace(few_shares=(1.0, 1.0, 1.0)))
+    planned = cut(asked, lanes._replace(few_shares=(1.0,) * (lanes.vectors + 1)))
     rows = planned.items[:, plan.ROW1] - planned.items[:, plan.ROW0]
     assert planned.strips == 1
     assert planned.few == rows.max() <= lanes.width * lanes.vectors

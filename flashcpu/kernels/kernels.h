@@ -60,9 +60,9 @@ struct fc_storage {
     const char *dtype, *arithmetic, *isa;
     int elem_size;    /* bytes of a stored element */
     double few_power; /* scores_few may read K as 1 / few_power of what it is */
-    /* for so many query rows the kernels for few are faster: shares of the lanes that would hold
-     * them, of one vector, of several in a strip, of several strips */
-    double few_shares[3];
+    /* for so many query rows the kernels for few are faster: shares of the lanes of the vectors
+     * that would hold them, of one vector, two, ... a strip's, and of more */
+    double few_shares[FC_NV + 1];
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows);
