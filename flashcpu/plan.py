@@ -29,7 +29,7 @@ SMALL = 2_500_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
 # What it costs to bring a tile of K and V to the strips of an item, in the time of so many of its
-# query rows, and to widen or zip it besides. 2048 rows strip by strip beside four at once, Zen 4,
+# query rows, and to stage it besides. 2048 rows strip by strip beside four at once, Zen 4,
 # D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and 100, 99 and 103; bf16 in pairs 164
 # and 175, 178 and 191.
 READ, STAGE = 1, 4
@@ -112,7 +112,10 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
     few = _few(problem, lanes, rows)
-    strips, keys = _tile(problem, lanes, tiles, rows, few, len(members), threads)
+    stage_k = not few and _staged(problem, lanes, problem.k_strides[1], problem.D)
+    stage_v = not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0))
+    staged = stage_k or stage_v
+    strips, keys = _tile(problem, lanes, tiles, rows, few, staged, len(members), threads)
     items = _items(problem, lanes, members, rows, strips, few)
     items, chains, spans = _chains(items, lanes.span, strips, few, threads)
     for table in (members, items):
@@ -122,8 +125,8 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
         strips=strips,
         keys=keys,
         spans=spans,
-        stage_k=not few and _staged(problem, lanes, problem.k_strides[1], problem.D),
-        stage_v=not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0)),
+        stage_k=stage_k,
+        stage_v=stage_v,
         threads=min(threads, max(1, len(items))),
         chains=chains,
         members=members,
@@ -176,7 +179,7 @@ def _row_end(problem, members, row):
     return end
 
 
-def _tile(problem, lanes, tiles, rows, few, count, threads):
+def _tile(problem, lanes, tiles, rows, few, staged, count, threads):
     """(strips, keys) of a cache tile: keys of one span, or with few rows of several whole ones."""
     strip_rows = lanes.width * lanes.vectors
     all_strips = max(1, -(-rows // strip_rows))
@@ -186,7 +189,6 @@ def _tile(problem, lanes, tiles, rows, few, count, threads):
     elif tiles:
         strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
-        staged = problem.stored != lanes.arithmetic or lanes.step > 1
         strips = _strips(rows, all_strips, problem.Hkv * count, staged, threads)
         keys = KEYS
     keys = -(-keys // lanes.block) * lanes.block
