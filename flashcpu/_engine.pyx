@@ -104,7 +104,6 @@ cdef extern from "kernels/kernels.h" nogil:
         const char *isa
         int elem_size
         double few_power
-        const double *few_shares
         void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -133,6 +132,7 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*flush_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
+    const double *fc_few_shares(const fc_storage *)
     const char *fc_fastest_isa()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
     const fc_storage *fc_find_storage(const char *dtype, const char *arithmetic, const char *isa)
@@ -175,7 +175,7 @@ cdef class Storage:
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
         self.isa = self.table.isa.decode()
-        self.few_shares = tuple([self.table.few_shares[i] for i in range(FC_NV + 1)])
+        self.few_shares = tuple([fc_few_shares(self.table)[i] for i in range(FC_NV + 1)])
 
 
 cdef class Kernels:

@@ -61,8 +61,9 @@ struct fc_storage {
     int elem_size;    /* bytes of a stored element */
     double few_power; /* scores_few may read K as 1 / few_power of what it is */
     /* for so many query rows the kernels for few are faster: shares of the lanes of the vectors
-     * that would hold them, of one vector, two, ... a strip's, and of more */
-    double few_shares[FC_NV + 1];
+     * that would hold them, of one vector, two, ... a strip's, and of more; of CPUs that multiply
+     * one vector of 64 bytes a cycle, and of those that do two (fc_few_shares) */
+    double few_shares[2][FC_NV + 1];
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows);
@@ -119,5 +120,7 @@ const char *fc_fastest_isa(void);
 const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmetic,
                                          const char *isa);
 const struct fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa);
+/* The shares of a table that are those of this CPU, FC_NV + 1 of them. */
+const double *fc_few_shares(const struct fc_storage *storage);
 
 #endif
