@@ -57,8 +57,8 @@ const char *fc_fastest_isa(void) {
     return isas[strcmp(isas[0], "avx512_bf16") == 0 && is_slow_in_pairs()];
 }
 
-/* AMD's Zen 4 multiplies one vector of 64 bytes a cycle, Intel's servers two. Zen 5 does too, but
- * its shares were not measured, and it has those of Zen 4. */
+/* AMD's Zen 4 multiplies one vector of 64 bytes a cycle, Intel's servers two, and all of Intel's
+ * CPUs count as such. Zen 5 does two as well, but was not measured: it counts as Zen 4. */
 const double *fc_few_shares(const struct fc_storage *storage) {
 #if defined(__x86_64__)
     return storage->few_shares[__builtin_cpu_is("intel") ? 1 : 0];
