@@ -68,8 +68,6 @@ typedef real elem;
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define INLINE static inline __attribute__((always_inline))
-/* How many of n belong to the first `some` of `all`. */
-INLINE int share(int n, int some, int all) { return (int)((int64_t)n * some / all); }
 /* A value of which the compiler does not know how it came about. */
 #define OPAQUE(x) __asm__("" : "+r"(x))
 /* A vector that several instructions take. Else GCC has each of them load it: twice the lines,
