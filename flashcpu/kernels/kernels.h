@@ -36,7 +36,7 @@
 struct fc_strip {
     int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
-    int ahead;          /* bytes of K and of V that are fetched ahead of use, or 0 */
+    int ahead;          /* with few rows: bytes of K and V that L2 has before L1 fetches them */
     int cold;           /* the first tile of an item of which nothing has been fetched yet */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     const void *next_k; /* what is read after the last of them, or NULL */
