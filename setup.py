@@ -53,13 +53,18 @@ class BuildExt(build_ext):
 
 
 # All that every object is made of, and nothing of the environment: Cython looks after that.
-OWN = ["setup.py", *glob("flashcpu/kernels/*.h"), *glob("flashcpu/kernels/*.inc")]
+OWN = [
+    "setup.py",
+    *glob("flashcpu/kernels/*.inc"),
+    *glob("flashcpu/kernels/*.h"),
+    *glob("flashcpu/kernels/isa/*.h"),
+]
 # Python asks for -g itself, which takes a third of the time; CFLAGS=-g, or -ggdb, keeps it.
 DEBUG = [] if " -g" in " " + os.environ.get("CFLAGS", "") else ["-g0"]
 
 engine = Extension(
     "flashcpu._engine",
-    # Each stub in isa/ chooses its instruction set with a pragma, so the flags are common.
+    # Each stub in isa/ has its instruction set from a pragma (isa/*.h), so the flags are common.
     sources=[
         "flashcpu/_engine.pyx",
         "flashcpu/kernels/cpu.c",

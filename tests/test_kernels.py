@@ -10,6 +10,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent / "kernels"
 CC = shlex.split(os.environ.get("CC", "gcc"))
+# Where a build has left the objects of flashcpu/kernels; else they are compiled, once more.
+OBJECTS = os.environ.get("FLASHCPU_TEST_OBJECTS", "")
 SKIPPED = 77  # the exit status of aarch64.sh where its tools are missing
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def kernels_test(tmp_path_factory):
     """The test program."""
     program = tmp_path_factory.mktemp("kernels") / "kernels_test"
-    subprocess.run([HERE / "build.sh", shlex.join(CC), program], check=True)
+    subprocess.run([HERE / "build.sh", shlex.join(CC), program, OBJECTS], check=True)
     return program
 
 

@@ -1,13 +1,16 @@
 /* The vector vocabulary of tile.inc, storage.inc and decode.inc. The only file that knows
  * an instruction set; constants of a type are also in exp2.h.
  *
- * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64, FC_F16 or FC_BF16 if numbers are stored
- * so, and one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR. Every type here is a GCC vector type, so
- * + - * / mean the lane-wise IEEE operations and are used as such. */
+ * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64 and FC_F16 or FC_BF16 if numbers are
+ * stored so; isa/<isa>.h one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR, and FC_PAIRS if it has the
+ * dot product of bf16. Every type here is a GCC vector type, so + - * / mean the lane-wise IEEE
+ * operations and are used as such. */
 #ifndef FLASHCPU_VEC_H
 #define FLASHCPU_VEC_H
 
 #include <math.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
 #if FC_REAL == 32

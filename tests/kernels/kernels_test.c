@@ -2,8 +2,7 @@
  * other, and against the edges of their memory. No Python; what the engine does with them is tested
  * elsewhere (tests/). The same program runs on aarch64: aarch64.sh.
  *
- *   cc -std=gnu11 -O3 -ffp-contract=off -Iflashcpu/kernels flashcpu/kernels/{cpu,dispatch}.c \
- *       tests/kernels/probe_*.c tests/kernels/kernels_test.c -lm -o kernels_test
+ *   tests/kernels/build.sh cc kernels_test
  *   ./kernels_test [--bits] [--all | --brief] [instruction set ...]
  *
  * --bits prints a hash of all outputs for each (dtype_arithmetic, instruction set): those with FMA
@@ -47,15 +46,15 @@ typedef double wide;
 #define WIDE(function) function
 #endif
 
-#define DTYPES(X, isa) X(f32, isa) X(f64, isa)
-#define DECLARE(dtype, isa) extern const struct probe probe_##dtype##_##isa;
-#define ENTRY(dtype, isa) &probe_##dtype##_##isa,
+#define REALS(X, isa) X(f32, isa) X(f64, isa)
+#define DECLARE(arithmetic, isa) extern const struct probe probe_##arithmetic##_##isa;
+#define ENTRY(arithmetic, isa) &probe_##arithmetic##_##isa,
 #if defined(__x86_64__)
-#define ISAS(X) DTYPES(X, scalar) DTYPES(X, avx2) DTYPES(X, avx512) X(bf16, avx512_bf16)
+#define ISAS(X) REALS(X, scalar) REALS(X, avx2) REALS(X, avx512) X(bf16, avx512_bf16)
 #elif defined(__aarch64__)
-#define ISAS(X) DTYPES(X, scalar) DTYPES(X, neon) X(bf16, neon_bf16)
+#define ISAS(X) REALS(X, scalar) REALS(X, neon) X(bf16, neon_bf16)
 #else
-#define ISAS(X) DTYPES(X, scalar)
+#define ISAS(X) REALS(X, scalar)
 #endif
 ISAS(DECLARE)
 static const struct probe *const probes[] = {ISAS(ENTRY)};
@@ -1520,13 +1519,13 @@ static void check_log(struct target *t, int turns) {
     check(isnan(t->probe->log_of_sum(NAN)), "log NaN is not NaN");
 }
 
-static const struct probe *find_probe(const char *dtype, const char *isa) {
+static const struct probe *find_probe(const char *arithmetic, const char *isa) {
     for (int i = 0; i < COUNT(probes); i++) {
-        if (strcmp(probes[i]->dtype, dtype) == 0 && strcmp(probes[i]->isa, isa) == 0) {
+        if (strcmp(probes[i]->arithmetic, arithmetic) == 0 && strcmp(probes[i]->isa, isa) == 0) {
             return probes[i];
         }
     }
-    fprintf(stderr, "kernels_test: no probe_%s_%s.c\n", dtype, isa);
+    fprintf(stderr, "kernels_test: no probe_%s_%s.c\n", arithmetic, isa);
     exit(2);
 }
 

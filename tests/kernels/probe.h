@@ -1,9 +1,9 @@
-/* What kernels_test.c asks of the inside of a stub: the functions of vec.h and exp2.h that the
- * table of kernels.h does not show. Plain C, like kernels.h. */
+/* What kernels_test.c asks of the inside of the kernels: the functions of vec.h and exp2.h that the
+ * tables of kernels.h do not show. Plain C, like kernels.h. */
 #include <stddef.h>
 
 struct probe {
-    const char *dtype, *isa;
+    const char *arithmetic, *isa;
     /* y <- 2^x and y <- v_max(a, b), n elements at a time; n fills whole vectors, 64-byte aligned
      */
     void (*exp2)(const void *x, void *y, size_t n);

@@ -1,2 +1,4 @@
-#include "isa/bf16_avx512_bf16.c"
+#include "isa/avx512_bf16.h"
+#define FC_REAL 32
+#define FC_BF16
 #include "probe.inc"

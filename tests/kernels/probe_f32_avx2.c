@@ -1,2 +1,3 @@
-#include "isa/f32_avx2.c"
+#include "isa/avx2.h"
+#define FC_REAL 32
 #include "probe.inc"

@@ -1,2 +1,3 @@
-#include "isa/f32_avx512.c"
+#include "isa/avx512.h"
+#define FC_REAL 32
 #include "probe.inc"

@@ -1,2 +1,3 @@
-#include "isa/f32_neon.c"
+#include "isa/neon.h"
+#define FC_REAL 32
 #include "probe.inc"

@@ -1,2 +1,3 @@
-#include "isa/f32_scalar.c"
+#include "isa/scalar.h"
+#define FC_REAL 32
 #include "probe.inc"

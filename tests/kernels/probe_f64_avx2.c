@@ -1,2 +1,3 @@
-#include "isa/f64_avx2.c"
+#include "isa/avx2.h"
+#define FC_REAL 64
 #include "probe.inc"

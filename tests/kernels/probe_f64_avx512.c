@@ -1,2 +1,3 @@
-#include "isa/f64_avx512.c"
+#include "isa/avx512.h"
+#define FC_REAL 64
 #include "probe.inc"

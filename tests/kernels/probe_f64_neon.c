@@ -1,2 +1,3 @@
-#include "isa/f64_neon.c"
+#include "isa/neon.h"
+#define FC_REAL 64
 #include "probe.inc"

@@ -1,2 +1,3 @@
-#include "isa/f64_scalar.c"
+#include "isa/scalar.h"
+#define FC_REAL 64
 #include "probe.inc"

@@ -1,10 +1,7 @@
-#if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#include "avx512_bf16.h"
+#ifdef FC_ISA
 #define FC_REAL 32
 #define FC_BF16
-#define FC_PAIRS
-#define FC_AVX512
 #define FC_DTYPE bf16
-#define FC_ISA avx512_bf16
 #include "../tile.inc"
 #endif

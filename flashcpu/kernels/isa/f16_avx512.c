@@ -1,9 +1,7 @@
-#if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#include "avx512.h"
+#ifdef FC_ISA
 #define FC_REAL 32
 #define FC_F16
-#define FC_AVX512
 #define FC_DTYPE f16
-#define FC_ISA avx512
 #include "../storage.inc"
 #endif

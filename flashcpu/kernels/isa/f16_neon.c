@@ -1,8 +1,7 @@
-#if defined(__aarch64__)
+#include "neon.h"
+#ifdef FC_ISA
 #define FC_REAL 32
 #define FC_F16
-#define FC_NEON
 #define FC_DTYPE f16
-#define FC_ISA neon
 #include "../storage.inc"
 #endif

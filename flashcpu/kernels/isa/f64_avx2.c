@@ -1,8 +1,6 @@
-#if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
+#include "avx2.h"
+#ifdef FC_ISA
 #define FC_REAL 64
-#define FC_AVX2
 #define FC_DTYPE f64
-#define FC_ISA avx2
 #include "../tile.inc"
 #endif

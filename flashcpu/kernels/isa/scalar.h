@@ -1,0 +1,2 @@
+#define FC_SCALAR
+#define FC_ISA scalar

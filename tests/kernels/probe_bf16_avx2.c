@@ -1,2 +1,0 @@
-#include "isa/bf16_avx2.c"
-#include "probe.inc"

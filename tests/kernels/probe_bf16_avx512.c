@@ -1,2 +1,0 @@
-#include "isa/bf16_avx512.c"
-#include "probe.inc"

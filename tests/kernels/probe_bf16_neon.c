@@ -1,2 +1,0 @@
-#include "isa/bf16_neon.c"
-#include "probe.inc"

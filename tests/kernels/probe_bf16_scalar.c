@@ -1,2 +1,0 @@
-#include "isa/bf16_scalar.c"
-#include "probe.inc"

@@ -1,2 +1,0 @@
-#include "isa/f16_avx2.c"
-#include "probe.inc"

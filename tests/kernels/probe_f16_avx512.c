@@ -1,2 +1,0 @@
-#include "isa/f16_avx512.c"
-#include "probe.inc"

@@ -1,2 +1,0 @@
-#include "isa/f16_neon.c"
-#include "probe.inc"

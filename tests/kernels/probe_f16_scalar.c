@@ -1,2 +1,0 @@
-#include "isa/f16_scalar.c"
-#include "probe.inc"
