@@ -31,14 +31,7 @@ CASES = tuple(
 
 def plans_own(q, k, v):
     """The plan's tile where nobody asks for one, as (strips, keys), and the rows of a strip."""
-    arrays = q, k, v
-    asked = problem.describe(
-        tuple(x.dtype for x in arrays),
-        tuple(x.shape for x in arrays),
-        tuple(x.strides for x in arrays),
-        None,
-        False,
-    )
+    asked = problem.of(q, k, v)
     _, lanes = machine.kernels(asked.rows, asked.stored, machine.isa())
     cut = plan.cut(asked, lanes, asked.result_strides(q.strides), asked.Lkv, None, None, 1)
     return (cut.strips, cut.keys), lanes.width * lanes.vectors

@@ -83,13 +83,7 @@ def extra_bytes(call):
 
 def scratch_bytes(q, k, v):
     """What the engine takes beside the result."""
-    asked = problem.describe(
-        tuple(x.dtype for x in (q, k, v)),
-        tuple(x.shape for x in (q, k, v)),
-        tuple(x.strides for x in (q, k, v)),
-        None,
-        False,
-    )
+    asked = problem.of(q, k, v)
     call = prepare(asked, q.strides, asked.Lkv, None, None, limit(None), machine.isa())
     return call.workspace_bytes * call.threads
 

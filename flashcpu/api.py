@@ -133,13 +133,7 @@ def attention(
             window=window, mask=mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
         )
     q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
-    asked = problem.describe(
-        (q.dtype, k.dtype, v.dtype),
-        (q.shape, k.shape, v.shape),
-        (q.strides, k.strides, v.strides),
-        problem.scale_factor(scale),
-        problem.flag(causal, "causal"),
-    )
+    asked = problem.of(q, k, v, problem.scale_factor(scale), problem.flag(causal, "causal"))
     far = problem.FARTHEST
     kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
     q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)

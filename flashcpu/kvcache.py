@@ -215,15 +215,15 @@ class KVCache:
         counts = self._per_member(count, "count", n, n)
         lengths = [length + real for length, real in zip(self._lengths, counts, strict=True)]
         # What can fail comes before what changes: rounding may raise under np.errstate.
-        k, v = k.astype(self._k.dtype, copy=False), v.astype(self._v.dtype, copy=False)
+        k, v = self._to_store(k, counts), self._to_store(v, counts)
         self._make_room(lengths)
         ends = [length - start for length, start in zip(lengths, self._start, strict=True)]
         for stored, new in ((self._k, k), (self._v, v)):
             if _alike(ends) and _alike(counts):
-                stored[:, :, ends[0] - counts[0] : ends[0]] = new[:, :, : counts[0]]
+                stored[:, :, ends[0] - counts[0] : ends[0]] = new
             else:
                 for b, (end, real) in enumerate(zip(ends, counts, strict=True)):
-                    stored[b, :, end - real : end] = new[b, :, :real]
+                    stored[b, :, end - real : end] = new[b]
         self._lengths = lengths
 
     def truncate(self, length):
@@ -306,10 +306,13 @@ class KVCache:
         ------
         ValueError
             For shapes that do not fit, and for real causal queries that would stand before a
-            member's first position: append comes first.
-        NotImplementedError
-            For more than one causal query when the window hides keys: each would see other keys,
-            and `attention` has no window yet. And for what `attention` does not do yet.
+            member's first position: append comes first. For queries before the last append whose
+            window is no longer held.
+
+        Notes
+        -----
+        Several causal queries of which a window hides keys see different keys, and cost a call of
+        `attention` each.
         """
         q = np.asanyarray(q)
         B, _, _, D = self._k.shape
@@ -318,25 +321,18 @@ class KVCache:
         Lq = q.shape[2]
         counts = self._per_member(count, "count", Lq, Lq)
         seen = [min(length, self._reach) for length in self._lengths]
-        if causal and Lq > 1 and seen != self._lengths:
-            raise NotImplementedError(
-                f"{Lq} causal queries with window {self._window} at lengths {self._lengths}: each "
-                f"sees other keys, and attention has no window yet; attend one query at a time"
-            )
-        before = [keys - real for keys, real in zip(seen, counts, strict=True)]
+        before = [length - real for length, real in zip(self._lengths, counts, strict=True)]
         if causal and min(before) < 0:
             b = before.index(min(before))
             raise ValueError(
-                f"member {b} has {seen[b]} positions, fewer than its {counts[b]} causal queries: "
-                f"append their keys first, or pass count"
+                f"member {b} has {self._lengths[b]} positions, fewer than its {counts[b]} causal "
+                f"queries: append their keys first, or pass count"
             )
         # Rows before those that are seen; without a window there are none.
-        hidden = [
-            length - start - keys
-            for length, start, keys in zip(self._lengths, self._start, seen, strict=True)
-        ]
+        hidden = list(map(operator.sub, self._held(), seen))
         options = {"causal": causal, "scale": scale, "threads": threads, "tiles": tiles}
-        if _alike(hidden):
+        if _alike(hidden) and (Lq == 1 or not causal or seen == self._lengths):
+            before = list(map(operator.sub, seen, counts))
             # All the memory and kv_len, not a view of what is held: without hidden rows the same
             # shapes at every step, for which `attention` remembers what it checked.
             return attention(
@@ -349,22 +345,46 @@ class KVCache:
                 out=out,
                 **options,
             )
-        # Windows that begin at different rows, one member at a time: attention hides keys only at
-        # the end. Here is one query or no causal: q_start is its default.
-        parts = [
-            attention(
-                q[b : b + 1],
-                self._k[b : b + 1, :, hidden[b] :],
-                self._v[b : b + 1, :, hidden[b] :],
-                kv_len=seen[b],
+        # Queries that see different windows, a call each: attention hides keys only at the end.
+        q = problem.operand(q, "q")
+        asked = problem.of(q, self._k, self._v)
+        if out is not None:
+            problem.output(out, asked, q.dtype)
+        result = np.zeros(asked.out_shape, q.dtype)
+        lse = np.full(asked.lse_shape, -np.inf, asked.lse_dtype)
+        for member, queries, keys in self._windows(before, counts, Lq, causal):
+            result[member, :, queries], lse[member, :, queries] = attention(
+                q[member, :, queries],
+                self._k[member, :, keys],
+                self._v[member, :, keys],
                 return_lse=True,
                 **options,
             )
-            for b in range(B)
-        ]
-        outs, lses = zip(*parts, strict=True)
-        out = np.concatenate(outs, out=out, casting="no")
-        return (out, np.concatenate(lses)) if return_lse else out
+        if out is not None:
+            out[...] = result
+            result = out
+        return (result, lse) if return_lse else result
+
+    def _windows(self, before, counts, Lq, causal):
+        """(member, queries, rows of memory) that see each other and no others, as slices."""
+        windows = []
+        for b, (length, start) in enumerate(zip(self._lengths, self._start, strict=True)):
+            ends = {length: slice(0, Lq)}
+            if causal and Lq > 1:
+                # The first ones see all there is, the others each its own; padding sees nothing.
+                whole = min(max(self._reach - before[b], 0), counts[b])
+                ends = {before[b] + i + 1: slice(i, i + 1) for i in range(whole, counts[b])}
+                if whole:
+                    ends[before[b] + whole] = slice(0, whole)
+            for end, queries in ends.items():
+                first = max(0, end - self._reach)
+                if first < start:
+                    raise ValueError(
+                        f"member {b}: the window of the query at position {end - 1} begins at "
+                        f"{first}, and what is before {start} was dropped"
+                    )
+                windows.append((slice(b, b + 1), queries, slice(first - start, end - start)))
+        return windows
 
     def _incoming(self, array, name):
         """An array to store: checked for its dtype, and apart from the cache's own memory."""
@@ -377,6 +397,17 @@ class KVCache:
         if np.may_share_memory(array, self._k) or np.may_share_memory(array, self._v):
             return array.copy()
         return array
+
+    def _to_store(self, new, counts):
+        """The real ones of the new positions in the dtype of the cache: an array, or a list of one
+        for each member."""
+        if _alike(counts):
+            return new[:, :, : counts[0]].astype(self.dtype, copy=False)
+        return [x[:, :n].astype(self.dtype, copy=False) for x, n in zip(new, counts, strict=True)]
+
+    def _held(self):
+        """Rows of memory that hold a position, of each member."""
+        return list(map(operator.sub, self._lengths, self._start))
 
     def _make_room(self, lengths):
         """Memory for these lengths: what there is, or new, with everything that is to be kept.
@@ -435,7 +466,7 @@ class KVCache:
         return [value] * B if isinstance(value, int) else value.tolist()
 
     def _view(self, stored):
-        view = stored[:, :, : max(map(operator.sub, self._lengths, self._start))]
+        view = stored[:, :, : max(self._held())]
         view.flags.writeable = False
         return view
 

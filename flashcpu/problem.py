@@ -107,6 +107,17 @@ def unit_last_stride(array):
     return array.strides[-1] == array.itemsize or array.shape[-1] <= 1
 
 
+def of(q, k, v, scale=None, causal=False):
+    """The Problem of these arrays, as `operand` returns them."""
+    return describe(
+        (q.dtype, k.dtype, v.dtype),
+        (q.shape, k.shape, v.shape),
+        (q.strides, k.strides, v.strides),
+        scale,
+        causal,
+    )
+
+
 @lru_cache(maxsize=512)
 def describe(dtypes, shapes, strides, scale, causal):
     """The Problem of q, k, v with these dtypes, shapes and strides (three of each).

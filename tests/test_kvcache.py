@@ -190,6 +190,20 @@ def test_growth_keeps_members_of_different_lengths(rng):
         assert_same_bits(held[2, :, :8], np.concatenate([x[2, :, :7], x[2, :, :1]], axis=1))
 
 
+@pytest.mark.parametrize("counts", [[2, 2], [3, 1]], ids=["alike", "different"])
+def test_padding_is_not_rounded(counts, rng):
+    """What it holds may be beyond float16, and is nobody's business."""
+    k, v = normal(rng, *[(2, 2, 4, 16)] * 2)
+    cache = KVCache(2, 2, 16, dtype=np.float16)
+    for b, count in enumerate(counts):
+        k[b, :, count:] = v[b, :, count:] = 1e30
+    with np.errstate(all="raise"):
+        cache.append(k, v, counts)
+    for b, count in enumerate(counts):
+        assert_same_bits(cache.keys[b, :, :count], k[b, :, :count].astype(np.float16))
+        assert_same_bits(cache.values[b, :, :count], v[b, :, :count].astype(np.float16))
+
+
 def test_members_may_come_to_one_length_by_different_counts(rng):
     _, k, v = sequence(rng, 2, 1, 2, 6)
     cache = KVCache(2, 2, 16, 9)
@@ -525,15 +539,64 @@ def test_without_causal_all_queries_see_the_window(rng):
     assert_same_bits(cache.attend(q, causal=False), attention(q, *seen))
 
 
-def test_causal_queries_that_see_different_windows_are_refused(rng):
-    q, k, v = sequence(rng, 1, 2, 2, 31)
-    cache = filled(k, v, window=30)
-    with pytest.raises(NotImplementedError, match=r"31 causal queries with window 30 .* \[31\]"):
-        cache.attend(q)
-    cache.rewind(1)
-    assert_same_bits(
-        cache.attend(q[:, :, :30]), attention(*(x[:, :, :30] for x in (q, k, v)), causal=True)
-    )
+@pytest.mark.parametrize("n", [2, 29, 31, 70])
+def test_several_causal_queries_see_each_its_window(n, rng):
+    """As one at a time would, in every chunk and across the position where the window begins."""
+    q, k, v = sequence(rng, 1, 6, 2, 210)
+    cache = KVCache(1, 2, 16, 9, window=30)
+    for i in range(0, 210, n):
+        chunk = np.s_[:, :, i : i + n]
+        cache.append(k[chunk], v[chunk])
+        poison(cache)
+        out, lse = cache.attend(q[chunk], return_lse=True)
+        for row, end in enumerate(range(i + 1, min(i + n, 210) + 1)):
+            query = q[:, :, end - 1 : end]
+            alone = attention(query, *(windowed(x, end, 30) for x in (k, v)), return_lse=True)
+            assert_same_bits(out[:, :, row : row + 1], alone[0])
+            assert_same_bits(lse[:, :, row : row + 1], alone[1])
+    assert cache.start[0] > 0
+
+
+def test_several_causal_queries_of_members_of_different_lengths(rng):
+    q, k, v = sequence(rng, 3, 4, 2, 50)
+    cache = KVCache(3, 2, 16, 9, window=8)
+    cache.append(k[:, :, :40], v[:, :, :40], [40, 3, 20])
+    counts = [5, 9, 0]
+    cache.append(k[:, :, 40:], v[:, :, 40:], counts)
+    out = np.full((3, 4, 10, 9), 7, np.float32)
+    _, lse = cache.attend(q[:, :, 40:], count=counts, out=out, return_lse=True)
+    for b, before in enumerate([40, 3, 20]):
+        seen = [np.concatenate([x[b : b + 1, :, :before], x[b : b + 1, :, 40:]], 2) for x in (k, v)]
+        for i in range(counts[b]):
+            query = q[b : b + 1, :, 40 + i : 41 + i]
+            alone = (windowed(x, before + i + 1, 8) for x in seen)
+            alone, alone_lse = attention(query, *alone, return_lse=True)
+            assert_same_bits(out[b : b + 1, :, i : i + 1], alone)
+            assert_same_bits(lse[b : b + 1, :, i : i + 1], alone_lse)
+    # Bad options change nothing of out.
+    before = out.copy()
+    with pytest.raises(TypeError, match="threads"):
+        cache.attend(q[:, :, 40:], count=counts, out=out, threads="2")
+    with pytest.raises(ValueError, match="share memory"):
+        cache.attend(
+            q[:, :, 40:],
+            count=counts,
+            out=np.lib.stride_tricks.as_strided(out, out.shape, (0,) * 4),
+        )
+    assert_same_bits(out, before)
+
+
+def test_queries_whose_window_was_dropped_are_an_error(rng):
+    q, k, v = sequence(rng, 1, 2, 2, 300)
+    cache = KVCache(1, 2, 16, 9, window=30)
+    for i in range(300):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+    start = int(cache.start[0])
+    assert start > 0
+    held = 300 - 29 - start  # queries whose windows are held
+    assert cache.attend(q[:, :, 300 - held :]).shape == (1, 2, held, 9)
+    with pytest.raises(ValueError, match=rf"member 0: .* begins at {start - 1}, .* before {start}"):
+        cache.attend(q[:, :, 299 - held :])
 
 
 def test_the_last_append_can_always_be_rewound(rng):
