@@ -2,9 +2,9 @@
 
 A work item is a run of query rows of one KV head of one batch member, and the keys they see. Row r
 of a KV head is query r // G of its query head r % G: grouped heads are more rows, and the rows of a
-strip stand close together under the diagonal. Where there are few rows and many keys, an item is a
-run of their keys, whole spans, and the items of the same rows are a chain. No choice made here can
-change a bit of the result. Next: _engine.pyx.
+strip stand close together under the diagonal. Where threads would have too few items, or uneven
+ones, an item is a run of their keys, whole spans, and the items of the same rows are a chain. No
+choice made here can change a bit of the result. Next: _engine.pyx.
 """
 
 from typing import NamedTuple
@@ -49,10 +49,11 @@ REMEMBERED = 20_000
 # And keys of all KV heads: the items of a chain grow with them.
 REMEMBERED_KEYS = 1 << 20
 # Keys from which K and V come out of memory rather than a cache. Nearer ones are faster by lanes of
-# queries where rows nearly fill their vectors: 128 keys in L2, 16 rows of f32 take 1.1 times as
-# long by lanes of keys, 48 rows in 16 bits 1.06 to 1.1 times, 512 keys 1.07 and up to 1.03 times.
+# queries where rows fill more than this share of their vectors: 128 keys in L2, 16 rows of f32 take
+# 1.1 times as long by lanes of keys, 48 rows in 16 bits 1.06 to 1.1 times, 512 keys 1.07 and up to
+# 1.03 times.
 LONG = 1024
-FULL = 7 / 8
+NEAR_SHARE = 7 / 8
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
@@ -111,7 +112,7 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     """
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
-    few = _few(problem, lanes, rows)
+    few = _few(lanes, rows, int(members[:, KV_LEN].max(initial=0)))
     stage_k = not few and _staged(problem, lanes, problem.k_strides[1], problem.D)
     stage_v = not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0))
     staged = stage_k or stage_v
@@ -134,13 +135,13 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     )
 
 
-def _few(problem, lanes, rows):
-    """Whether lanes are better keys than query rows."""
+def _few(lanes, rows, keys):
+    """Whether lanes are better keys than query rows; keys are those of the longest member."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
-    if problem.Lkv < LONG:
-        share = min(share, FULL)
-    enough = vectors == 1 or problem.Lkv >= MANY * lanes.block
+    if keys < LONG:
+        share = min(share, NEAR_SHARE)
+    enough = vectors == 1 or keys >= MANY * lanes.block
     return enough and 0 < rows <= share * vectors * lanes.width
 
 
@@ -268,12 +269,13 @@ def _chains(items, span, strips, few, threads):
     links = min([uncut, *cuts], key=cost)
     if links is uncut:
         return items, 0, 1
-    chain = np.repeat(np.arange(len(items)), links)
-    link = np.arange(len(chain)) - np.repeat(np.cumsum(links) - links, links)
+    # What is not cut has no state to hand on, and is no chain.
+    items[:, CHAIN] = np.where(links > 1, np.cumsum(links > 1) - 1, -1)
+    whole = np.repeat(np.arange(len(items)), links)
+    link = np.arange(len(whole)) - np.repeat(np.cumsum(links) - links, links)
     order = np.argsort(link, kind="stable")
-    chain, link = chain[order], link[order]
-    cut = items[chain]
-    cut[:, CHAIN] = chain
-    cut[:, KEY0] = link * spans[chain] // links[chain] * span
-    cut[:, KEY1] = np.minimum((link + 1) * spans[chain] // links[chain] * span, cut[:, END])
-    return cut, len(items), room
+    whole, link = whole[order], link[order]
+    cut = items[whole]
+    cut[:, KEY0] = link * spans[whole] // links[whole] * span
+    cut[:, KEY1] = np.minimum((link + 1) * spans[whole] // links[whole] * span, cut[:, END])
+    return cut, int(np.count_nonzero(links > 1)), room
