@@ -6,13 +6,11 @@ STRIP_VECTORS: int
 COMPILER: str
 
 class Storage:
-    isa: str
     few_shares: tuple[float, ...]
     def __init__(self, dtype: str, arithmetic: str, isa: str) -> None: ...
 
 class Kernels:
     dtype: str
-    isa: str
     lanes: int
     step: int
     def __init__(self, dtype: str, isa: str) -> None: ...

@@ -47,16 +47,16 @@ cdef extern from *:
     static inline int64_t fc_take(int64_t *next) {
         return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     }
-    static inline int64_t fc_turn(const int64_t *turn) {
-        return __atomic_load_n(turn, __ATOMIC_ACQUIRE);
+    static inline int64_t fc_reached(const int64_t *reached) {
+        return __atomic_load_n(reached, __ATOMIC_ACQUIRE);
     }
-    static inline void fc_pass_turn(int64_t *turn, int64_t key) {
-        __atomic_store_n(turn, key, __ATOMIC_RELEASE);
+    static inline void fc_reach(int64_t *reached, int64_t key) {
+        __atomic_store_n(reached, key, __ATOMIC_RELEASE);
     }
     """
     int64_t fc_take(int64_t *) nogil
-    int64_t fc_turn(const int64_t *) nogil
-    void fc_pass_turn(int64_t *, int64_t) nogil
+    int64_t fc_reached(const int64_t *) nogil
+    void fc_reach(int64_t *, int64_t) nogil
 
 
 cdef extern from "<fenv.h>" nogil:
@@ -167,14 +167,12 @@ cdef class Storage:
     """How one dtype is read and written for one arithmetic by one instruction set."""
 
     cdef const fc_storage *table
-    cdef readonly str isa
     cdef readonly tuple few_shares
 
     def __cinit__(self, str dtype, str arithmetic, str isa):
         self.table = fc_find_storage(dtype.encode(), arithmetic.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
-        self.isa = self.table.isa.decode()
         self.few_shares = tuple([fc_few_shares(self.table)[i] for i in range(FC_NV + 1)])
 
 
@@ -182,14 +180,14 @@ cdef class Kernels:
     """One arithmetic of one instruction set."""
 
     cdef const fc_kernels *table
-    cdef readonly str dtype, isa
+    cdef readonly str dtype
     cdef readonly int lanes, step
 
     def __cinit__(self, str dtype, str isa):
         self.table = fc_find_kernels(dtype.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} arithmetic on {isa!r}, or not on this CPU")
-        self.dtype, self.isa = dtype, self.table.isa.decode()
+        self.dtype = dtype
         self.lanes, self.step = self.table.lanes, self.table.step
 
     def fma_rate(self, double seconds):
@@ -263,9 +261,9 @@ cdef struct Call:
     const int64_t *items
     const int64_t *members
     int64_t n_items
-    # Rows whose keys are cut: the state of each chain of items, and the key it has come to.
+    # Rows whose keys are cut: the state of each chain of items, and the key it has reached.
     char *chains
-    int64_t *turns
+    int64_t *reached
     # Where its threads meet; stop is set when the call is to end early.
     int threads
     int64_t *next_item
@@ -461,18 +459,16 @@ cdef bint merge_spans(const Call *call, const int64_t *item, const Workspace *wo
 
     With `last` it waits for that; only the end of the call lets it go without.
     """
-    cdef int64_t *turn
     cdef int64_t start = (key - 1) // FC_SPAN * FC_SPAN - <int64_t>(waiting - 1) * FC_SPAN
-    cdef int turns = 0, span, i
+    cdef int looks = 0, span, i
     cdef Py_ssize_t size = state_bytes(call)
     cdef fc_strip *strip
     if item[ITEM_CHAIN] >= 0 and item[ITEM_KEY0] > 0:
-        turn = &call.turns[item[ITEM_CHAIN]]
-        while fc_turn(turn) < item[ITEM_KEY0]:
+        while fc_reached(&call.reached[item[ITEM_CHAIN]]) < item[ITEM_KEY0]:
             if not last or call.stop[0]:
                 return False
-            turns += 1
-            if turns > 1000:
+            looks += 1
+            if looks > 1000:
                 sched_yield()
     for span in range(waiting):
         place_states(call, work.spans + span * size, work, strips, False)
@@ -683,7 +679,7 @@ cdef void attend_item(const Call *call, int64_t number, bint expected, char *scr
                 call.stop[0] = 1
                 return
     if item[ITEM_CHAIN] >= 0:
-        fc_pass_turn(&call.turns[item[ITEM_CHAIN]], item[ITEM_KEY1])
+        fc_reach(&call.reached[item[ITEM_CHAIN]], item[ITEM_KEY1])
     if item[ITEM_KEY1] == item[ITEM_END]:
         finish_rows(call, item, member, &work, strips)
 
@@ -780,7 +776,7 @@ cdef class Prepared:
                 f"no memory for {self.threads} workspaces of {self.workspace_bytes} bytes"
             )
         call.chains = scratch + scratch_size
-        call.turns = <int64_t *>(call.chains + self.chains * state)
+        call.reached = <int64_t *>(call.chains + self.chains * state)
         memset(call.chains, 0, chained)
         try:
             with nogil:

@@ -57,7 +57,7 @@ typedef real elem;
 #define VEC_BYTES 16
 #define MR 8 /* 24 accumulators of 32 registers */
 #define HAS_FMA 1
-#else
+#elif defined(FC_SCALAR)
 /* Four lanes in portable C; GCC lowers them to whatever the baseline has. No FMA: the bits differ
  * from those of the other instruction sets. */
 #define VEC_BYTES 16
@@ -80,6 +80,17 @@ typedef real elem;
 #else
 #define LOADED_ONCE(x) (void)(x)
 #endif
+
+/* A line out of the caches of all cores; where there is no instruction for it, nothing happens. */
+INLINE void flush_line(const char *line) {
+#if defined(__x86_64__)
+    __builtin_ia32_clflush(line);
+#elif defined(__aarch64__) && defined(__linux__)
+    __asm__ volatile("dc civac, %0" ::"r"(line) : "memory");
+#else
+    (void)line;
+#endif
+}
 
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef real vec_unaligned
