@@ -367,7 +367,8 @@ def main():
     reading, writing = seconds[:calls], seconds[calls:]
     say = partial(print, file=sys.stderr)
     say()
-    say(speed("read", len(prompt), clock[1] - clock[0], reading))
+    if len(reading) == calls:
+        say(speed("read", len(prompt), clock[1] - clock[0], reading))
     if writing:
         steps = len(writing) // len(model.layers)
         say(speed("wrote", steps, clock[-1] - clock[1], writing))

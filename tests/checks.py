@@ -13,6 +13,7 @@ flashcpu is one chain, which no kernel may cut.
 """
 
 import numpy as np
+import pytest
 
 from flashcpu import attention
 from flashcpu.reference import oracle
@@ -102,6 +103,19 @@ def naive_in_order(q, k, v, dtype, *, scale=None, **masks):
 
 # The same
 
+causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+
+
+def both(q, k, v, **options):
+    """(out, lse)"""
+    return attention(q, k, v, return_lse=True, **options)
+
+
+def assert_same(actual, expected):
+    """Pairs (out, lse) of the same bits."""
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)
+
 
 def assert_same_bits(actual, expected):
     """Equal bit for bit. Any NaN equals any NaN: their payloads are outside the contract."""
@@ -141,6 +155,14 @@ def misaligned(x):
     view = np.ndarray(x.shape, x.dtype, memory.data, offset=1)
     view[...] = x
     assert not view.flags.aligned
+    return view
+
+
+def odd_rows(x):
+    """A copy whose rows begin at odd elements and an odd number of them apart, NaN between."""
+    padded = np.concatenate([x[..., :1], x], axis=-1)
+    view = spread(padded, -1, padded.shape[-1] + 1 + padded.shape[-1] % 2)[..., 1:]
+    assert view.strides[-2] // view.itemsize % 2 == 1
     return view
 
 

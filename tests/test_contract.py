@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from checks import COPIED, LAYOUTS, assert_same_bits, normal
+from checks import COPIED, LAYOUTS, assert_same, assert_same_bits, both, causal_or_not, normal
 from rules import BLOCK, SPAN, attention_by_the_rules, fma_once, fma_twice
 
 from flashcpu import _engine, attention, machine, plan, problem
@@ -25,24 +25,9 @@ def both_dtypes(test):
     return pytest.mark.usefixtures("isa")(dtypes(test))
 
 
-causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-
-
-def assert_same(actual, expected):
-    """Pairs (out, lse) of the same bits."""
-    for a, b in zip(actual, expected, strict=True):
-        assert_same_bits(a, b)
-
-
-def both(q, k, v, **options):
-    """(out, lse)"""
-    return attention(q, k, v, return_lse=True, **options)
-
-
 def is_for_threads(q, k, v):
     """Whether a call is so large that `threads` means something."""
-    work = math.prod(k.shape[:-1]) * max(q.shape[-2] * (q.shape[1] // k.shape[1]), plan.READING)
-    return work * (k.shape[-1] + v.shape[-1]) >= plan.SMALL
+    return plan.is_worth_threads(problem.of(q, k, v), k.shape[-2])
 
 
 # How the work is cut

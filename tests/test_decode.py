@@ -5,7 +5,7 @@ And where their keys are cut into chains of items, the same bits as in one piece
 
 import numpy as np
 import pytest
-from checks import LAYOUTS, assert_same_bits, misaligned, normal, spread
+from checks import LAYOUTS, assert_same, both, causal_or_not, misaligned, normal, odd_rows
 
 from flashcpu import api, attention, machine, plan, problem
 
@@ -14,24 +14,6 @@ ROWS = 63
 # Hq, Hkv, D, Dv, Lkv: one head a group and several, depths with and without tails, span borders.
 PROBLEMS = [(4, 4, 64, 64, 300), (9, 3, 64, 64, 513), (8, 1, 17, 9, 700), (4, 2, 128, 80, 1030)]
 PROBLEMS += [(2, 2, 1, 1, 100), (6, 2, 33, 70, 256), (1, 1, 3, 200, 60)]
-causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-
-
-def both(q, k, v, **options):
-    """(out, lse)"""
-    return attention(q, k, v, return_lse=True, **options)
-
-
-def asked(*arrays):
-    """The Problem of (q, k, v)."""
-    dtypes, shapes, strides = zip(*((x.dtype, x.shape, x.strides) for x in arrays), strict=True)
-    return problem.describe(dtypes, shapes, strides, None, False)
-
-
-def assert_same(actual, expected):
-    """Pairs (out, lse) of the same bits."""
-    for a, b in zip(actual, expected, strict=True):
-        assert_same_bits(a, b)
 
 
 # Other kernels
@@ -88,14 +70,6 @@ def test_nothing_behind_kv_len_or_the_diagonal_is_seen(rows, any_dtype, rng):
             # The diagonal alone, where other rows of the strip see one key more each.
             every = both(q, dirty_k, dirty_v, causal=True, q_start=keys - 1)
             assert_same([x[:, :1] for x in every], both(q[:, :1], k[:, :keys], v[:, :keys]))
-
-
-def odd_rows(x):
-    """A copy whose rows begin at odd elements and an odd number of them apart, NaN between."""
-    padded = np.concatenate([x[..., :1], x], axis=-1)
-    view = spread(padded, -1, padded.shape[-1] + 1 + padded.shape[-1] % 2)[..., 1:]
-    assert view.strides[-2] // view.itemsize % 2 == 1
-    return view
 
 
 @pytest.mark.parametrize("rows", [1, 12, 50])
@@ -199,7 +173,7 @@ def test_a_span_without_weight_adds_not_even_a_sign(empty):
 def test_any_number_of_threads_and_any_cut_of_the_keys(rows, causal, arithmetic, rng):
     """One head and 20000 keys: links of a chain on any thread, in any order of their ends."""
     q, k, v = normal(rng, (1, 1, rows, 8), (1, 1, 20_000, 8), (1, 1, 20_000, 9), dtype=arithmetic)
-    assert plan.is_worth_threads(asked(q, k, v), 20_000)
+    assert plan.is_worth_threads(problem.of(q, k, v), 20_000)
     q *= 2  # spans whose maxima differ
     expected = both(q, k, v, causal=causal, threads=1)
     for threads in (2, 3, 5):
@@ -224,7 +198,7 @@ def test_a_member_alone_and_beside_longer_ones(shape, causal, any_dtype, rng):
     lengths = [0, 20_000, 1, 255, 700]
     shapes = (5, Hq, Lq, 8), (1, Hkv, 20_000, 8), (1, Hkv, 20_000, 9)
     q, k, v = normal(rng, *shapes, dtype=any_dtype)
-    assert plan.is_worth_threads(asked(q, k, v), np.array(lengths))
+    assert plan.is_worth_threads(problem.of(q, k, v), np.array(lengths))
     together = [both(q, k, v, causal=causal, kv_len=lengths, threads=n) for n in (1, 3)]
     assert_same(*together)
     for b, keys in enumerate(lengths):

@@ -7,7 +7,7 @@ its result rounded.
 
 import numpy as np
 import pytest
-from checks import assert_same_bits, bits, misaligned, normal, root_mean_square, spread
+from checks import assert_same_bits, bits, misaligned, normal, odd_rows, root_mean_square
 
 from flashcpu import attention, machine
 from flashcpu.reference import oracle
@@ -319,12 +319,3 @@ def test_strided_misaligned_and_big_endian(rows, D, half, rng):
     for arrays in ([odd_rows(x) for x in heads_first], [misaligned(x) for x in heads_first]):
         assert_same_bits(attention(*arrays), expected)
         assert_same_bits(attention(heads_first[0], *arrays[1:]), expected)
-
-
-def odd_rows(x):
-    """A copy whose rows begin at odd elements and an odd number of them apart, NaN between."""
-    room = x.shape[-1] + 2
-    room = spread(np.concatenate([x[..., :1], x], axis=-1), -1, room + 1 - room % 2)
-    view = room[..., 1:]
-    assert view.strides[-2] // view.itemsize % 2 == 1
-    return view
