@@ -128,11 +128,12 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*softmax_few)(const fc_strip *, int, int) noexcept nogil
         void (*merge_few)(const fc_strip *) noexcept nogil
         double (*fma_loop)(long) noexcept nogil
-        double (*read_loop)(const void *, size_t) noexcept nogil
+        double (*read_loop)(const void *, size_t, int) noexcept nogil
         void (*flush_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
     const double *fc_few_shares(const fc_storage *)
+    int fc_ahead()
     const char *fc_fastest_isa()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
     const fc_storage *fc_find_storage(const char *dtype, const char *arithmetic, const char *isa)
@@ -160,7 +161,7 @@ cdef double SIGNAL_PERIOD = 0.05
 
 
 # How far ahead of use K and V are fetched where memory is the limit (fetch.inc has the figures).
-cdef int AHEAD = 8 << 10
+cdef int AHEAD = fc_ahead()
 
 
 cdef class Storage:
@@ -208,7 +209,7 @@ cdef class Kernels:
         cdef Py_ssize_t part = buffer.shape[0] // threads // FC_ALIGN * FC_ALIGN
         cdef int i
         for i in prange(threads, num_threads=threads, nogil=True):
-            self.table.read_loop(&buffer[i * part], part)
+            self.table.read_loop(&buffer[i * part], part, AHEAD)
 
     def flush(self, const unsigned char[::1] buffer):
         """Let no cache of any core have the buffer; where the CPU cannot do that, do nothing."""

@@ -398,6 +398,7 @@ static const struct how ways[] = {
     {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0},
     {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10},
     {"few rows apart, fetched ahead",   FC_SPAN,      FC_NV, 0, 0, 3, 0, 0, 1, 2 << 10},
+    {"few rows, in mixed order",        FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 40 << 10},
     {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
     {"few rows, every key asked for, fetched ahead",
                                         3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10},
