@@ -146,3 +146,15 @@ def test_the_examples_of_the_docstrings_are_true():
     result = doctest.testmod(flashcpu.api)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_budget_in_the_readme_is_that_of_the_files():
+    """Lines of code, to a tenth."""
+    section = (PACKAGE.parent / "README.md").read_text().split("## The complexity budget")[1]
+    budgets = re.findall(r"^\| (`.*) \| (\d+) \|$", section, re.MULTILINE)
+    assert len(budgets) == 4
+    for names, lines in budgets:
+        paths = [PACKAGE / name for name in re.findall("`(.+?)`", names)]
+        files = [f for path in paths for f in (path.rglob("*.*") if path.is_dir() else [path])]
+        actual = sum(len(f.read_text().splitlines()) for f in files if f.suffix != ".o")
+        assert abs(actual - int(lines)) <= 0.1 * int(lines), (names, actual)
