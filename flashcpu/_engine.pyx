@@ -81,7 +81,7 @@ cdef extern from "kernels/kernels.h" nogil:
     Py_ssize_t FC_FEW_COLUMNS(Py_ssize_t d)
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh, ahead, cold
+        int nq, nv, d, dv, fresh, mixes, cold
         int64_t rows_left
         const void *next_k
         const void *next_v
@@ -133,7 +133,7 @@ cdef extern from "kernels/kernels.h" nogil:
 
     const char *const *fc_isas()
     const double *fc_few_shares(const fc_storage *)
-    int fc_ahead()
+    int fc_mixes()
     const char *fc_fastest_isa()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
     const fc_storage *fc_find_storage(const char *dtype, const char *arithmetic, const char *isa)
@@ -160,8 +160,8 @@ cdef enum:
 cdef double SIGNAL_PERIOD = 0.05
 
 
-# How far ahead of use K and V are fetched where memory is the limit (fetch.inc has the figures).
-cdef int AHEAD = fc_ahead()
+# The order in which K and V are fetched where memory is the limit (fetch.inc has the figures).
+cdef int MIXES = fc_mixes()
 
 
 cdef class Storage:
@@ -209,7 +209,7 @@ cdef class Kernels:
         cdef Py_ssize_t part = buffer.shape[0] // threads // FC_ALIGN * FC_ALIGN
         cdef int i
         for i in prange(threads, num_threads=threads, nogil=True):
-            self.table.read_loop(&buffer[i * part], part, AHEAD)
+            self.table.read_loop(&buffer[i * part], part, MIXES)
 
     def flush(self, const unsigned char[::1] buffer):
         """Let no cache of any core have the buffer; where the CPU cannot do that, do nothing."""
@@ -509,7 +509,7 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
     if full[0] < n:
         call.kernels.see(strip, ends, key)
     strip.rows_left = item[ITEM_KEY1] - key
-    strip.ahead = AHEAD
+    strip.mixes = MIXES
     strip.cold = strip.cold and key == item[ITEM_KEY0]
     return n
 

@@ -27,8 +27,6 @@
 #define FC_FEW_STRIDE(real_size) (FC_SPAN * (real_size) + FC_ALIGN)
 /* Columns of few packed query rows: d, filled up to whole pieces of K, 16 bytes of any type. */
 #define FC_FEW_COLUMNS(d) (((d) + 7) / 8 * 8)
-/* Bytes in a block whose lines are fetched in mixed order, where as many are fetched ahead. */
-#define FC_MIXED (32 << 10)
 /* What the workspace is aligned to, in bytes: unaligned scratch cost AVX2 a third of its speed. */
 #define FC_ALIGN 64
 
@@ -38,7 +36,7 @@
 struct fc_strip {
     int nq, nv, d, dv;  /* query rows, vectors that hold them, lengths of a query and a value */
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
-    int ahead;          /* bytes of K and V that L2 has before L1 fetches them: fc_ahead() */
+    int mixes;          /* memory is faster in mixed order: fc_mixes() */
     int cold;           /* the first tile of an item of which nothing has been fetched yet */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     const void *next_k; /* what is read after the last of them, or NULL */
@@ -109,7 +107,7 @@ struct fc_kernels {
 
     /* for benchmarks: limits.inc */
     double (*fma_loop)(long turns); /* returns how many flops it did */
-    double (*read_loop)(const void *from, size_t bytes, int ahead);
+    double (*read_loop)(const void *from, size_t bytes, int mixes);
     void (*flush_loop)(const void *from, size_t bytes);
 };
 
@@ -124,7 +122,7 @@ const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmet
 const struct fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa);
 /* The shares of a table that are those of this CPU, FC_NV + 1 of them. */
 const double *fc_few_shares(const struct fc_storage *storage);
-/* How far ahead of their use this CPU fetches K and V, where memory is the limit. */
-int fc_ahead(void);
+/* Whether this CPU reads memory faster in mixed order (fetch.inc). */
+int fc_mixes(void);
 
 #endif

@@ -382,7 +382,7 @@ struct how {
     int at_start; /* inputs begin behind a forbidden page rather than end before one */
     int stage;    /* copy K and V tiles, also where that is not needed */
     int few;      /* the kernels for few query rows */
-    int ahead;    /* bytes fetched ahead of use */
+    int fetch;    /* what is read next: 1 in order, as few rows do anyway, 2 in mixed order */
 };
 
 static const struct how plainly = {.name = "plainly", .tile = 2 * FC_BLOCK, .vectors = FC_NV};
@@ -395,13 +395,16 @@ static const struct how ways[] = {
     {"one vector a strip",              FC_SPAN,      1,     0, 0, 1, 0, 0, 0, 0},
     {"more vectors than rows",          2 * FC_BLOCK, FC_NV, 1, 0, 0, 1, 0, 0, 0},
     {"fetched ahead",                   FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 1},
+    {"fetched in mixed order",          FC_BLOCK,     FC_NV, 0, 0, 0, 0, 0, 0, 2},
     {"few rows",                        2 * FC_BLOCK, FC_NV, 0, 0, 0, 0, 0, 1, 0},
-    {"few rows, fetched ahead",         FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1 << 10},
-    {"few rows apart, fetched ahead",   FC_SPAN,      FC_NV, 0, 0, 3, 0, 0, 1, 2 << 10},
-    {"few rows, in mixed order",        FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 40 << 10},
+    {"few rows, spans at a time",       FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 1},
+    {"few rows apart",                  FC_SPAN,      FC_NV, 0, 0, 3, 0, 0, 1, 1},
+    {"few rows, in mixed order",        FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 2},
+    {"few rows, every key asked for, in mixed order",
+                                        3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 1, 2},
     {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
-    {"few rows, every key asked for, fetched ahead",
-                                        3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 32 << 10},
+    {"few rows apart, every key asked for",
+                                        3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 1},
 };
 /* clang-format on */
 
@@ -456,18 +459,18 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
         if (full < n) {
             kernels->see(&part, ends, key);
         }
-        part.ahead = how->ahead;
+        part.mixes = how->fetch == 2;
         part.cold = key == 0 && how->ask;
         part.rows_left = all_keys - key;
         /* Any address will do, or none. */
         part.next_k = how->ask ? NULL : v, part.next_v = how->ask ? NULL : k;
-        if (how->ahead && !how->few) { /* V while K is read, then the next tile's K */
+        if (how->fetch && !how->few) { /* V while K is read, then the next tile's K */
             part.soon = v + key * ldv_rows * size, part.soon_stride = ldv_rows * size;
             part.soon_rows = there, part.soon_bytes = p->dv * size;
         }
         (how->few ? stored->scores_few : kernels->scores)(&part, k_tile, ld_k, n, full);
         (how->few ? kernels->softmax_few : kernels->softmax)(&part, n, full);
-        if (how->ahead && !how->few) {
+        if (how->fetch && !how->few) {
             part.soon = k + (key + nk) * ldk * size, part.soon_stride = ldk * size;
             part.soon_rows = (int)MIN(nk, all_keys - key - nk), part.soon_bytes = p->d * size;
         }
