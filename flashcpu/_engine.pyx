@@ -788,6 +788,73 @@ cdef class Prepared:
             raise handler_error[0]
 
 
+cdef enum:
+    # Axes of an array that a question remembers; of more it is never the same.
+    AXES = 6
+
+cdef struct Memory:
+    # How an array lies.
+    int axes
+    cnp.npy_intp lengths[AXES]
+    cnp.npy_intp strides[AXES]
+
+
+cdef class Question:
+    """What was asked, to be recognised when it is asked again of arrays that lie elsewhere.
+
+    Nearly always it is: a model has dozens of layers. Then nothing is checked or planned again,
+    which takes many lines of code and data that are in no near cache by then.
+    """
+
+    cdef Memory memory[3]
+    cdef tuple dtypes, options
+
+    def __init__(self, cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
+                 tuple options not None):
+        self.dtypes, self.options = (q.dtype, k.dtype, v.dtype), options
+        for i, array in enumerate((q, k, v)):
+            self.remember(i, array)
+
+    cdef void remember(self, int i, cnp.ndarray array):
+        cdef int axis
+        self.memory[i].axes = cnp.PyArray_NDIM(array)
+        for axis in range(min(cnp.PyArray_NDIM(array), <int>AXES)):
+            self.memory[i].lengths[axis] = cnp.PyArray_DIMS(array)[axis]
+            self.memory[i].strides[axis] = cnp.PyArray_STRIDES(array)[axis]
+
+    cdef bint lies_so(self, int i, object array):
+        cdef cnp.npy_intp *lengths
+        cdef cnp.npy_intp *strides
+        cdef int axis
+        if not cnp.PyArray_CheckExact(array):
+            return False
+        if cnp.PyArray_NDIM(array) != self.memory[i].axes or self.memory[i].axes > AXES:
+            return False
+        if not cnp.PyArray_ISALIGNED(array) or <object>cnp.PyArray_DESCR(array) is not (
+                self.dtypes[i]):
+            return False
+        lengths, strides = cnp.PyArray_DIMS(array), cnp.PyArray_STRIDES(array)
+        for axis in range(self.memory[i].axes):
+            if lengths[axis] != self.memory[i].lengths[axis]:
+                return False
+            if strides[axis] != self.memory[i].strides[axis]:
+                return False
+        return True
+
+    def is_asked(self, q, k, v, *options):
+        """Whether these arrays lie as those did, and the options are alike and of the same types.
+
+        Only of constants: numbers, True, False and None.
+        """
+        cdef Py_ssize_t i
+        for i in range(len(self.options)):
+            if options[i] is not self.options[i] and (
+                    type(options[i]) is not type(self.options[i])
+                    or options[i] != self.options[i]):
+                return False
+        return self.lies_so(0, q) and self.lies_so(1, k) and self.lies_so(2, v)
+
+
 def isas():
     """Instruction sets of this build that this CPU has, the largest first."""
     cdef const char *const *name = fc_isas()

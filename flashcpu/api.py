@@ -1,6 +1,8 @@
 """`attention`: check (problem.py), plan (plan.py), run (_engine.pyx)."""
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -132,13 +134,12 @@ def attention(
         problem.refuse(
             window=window, mask=mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
         )
-    q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
-    asked = problem.of(q, k, v, problem.scale_factor(scale), problem.flag(causal, "causal"))
-    far = problem.FARTHEST
-    kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
-    q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
-    tiles = problem.tile_sizes(tiles)
-    threads = problem.thread_count(threads)
+    known = _last
+    if known is None or not known.question.is_asked(
+        q, k, v, scale, causal, kv_len, q_start, tiles, threads
+    ):
+        q, k, v, known = understand(q, k, v, scale, causal, kv_len, q_start, tiles, threads)
+    asked = known.asked
     result = out if out is None else problem.output(out, asked, q.dtype)
     if result is None or problem.needs_own_memory(result, q, k, v):
         result = np.empty(asked.out_shape, q.dtype)
@@ -147,15 +148,59 @@ def attention(
     if 0 in asked.lse_shape:
         return (result, lse) if return_lse else result
 
-    alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
-    make = prepare_once if alike and plan.is_small(asked, kv_len) else prepare
-    most = threading_.limit(threads) if plan.is_worth_threads(asked, kv_len) else 1
-    call = make(asked, result.strides, kv_len, q_start, tiles, most, machine.isa())
+    most = threading_.limit(known.threads) if known.is_worth_threads else 1
+    call = known.prepare(
+        asked, result.strides, known.kv_len, known.q_start, known.tiles, most, machine.isa()
+    )
     threading_.run(call.attend, (q, k, v, result, lse), call.threads)
     if out is not None and result is not out:
         out[...] = result
         result = out
     return (result, lse) if return_lse else result
+
+
+class Known(NamedTuple):
+    """A question, and what was found out about it before any number was read."""
+
+    question: _engine.Question
+    asked: problem.Problem
+    kv_len: int | np.ndarray
+    q_start: int | np.ndarray | None
+    tiles: tuple | None
+    threads: int | None
+    prepare: Callable
+    is_worth_threads: bool
+
+
+# The last question that could be remembered: a model asks it again for each of its layers.
+_last = None
+# Options that stay what they are. An array of lengths may hold others when it is seen again.
+CONSTANT = {type(None), bool, int, float}
+
+
+def understand(q, k, v, *options):
+    """The arrays as the kernels can read them, and what is Known; raises as `attention` does."""
+    global _last
+    scale, causal, kv_len, q_start, tiles, threads = options
+    q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
+    asked = problem.of(q, k, v, problem.scale_factor(scale), problem.flag(causal, "causal"))
+    far = problem.FARTHEST
+    kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
+    q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
+    alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
+    known = Known(
+        _engine.Question(q, k, v, options),
+        asked,
+        kv_len,
+        q_start,
+        problem.tile_sizes(tiles),
+        problem.thread_count(threads),
+        prepare_once if alike and plan.is_small(asked, kv_len) else prepare,
+        plan.is_worth_threads(asked, kv_len),
+    )
+    if CONSTANT.issuperset(map(type, options)):
+        _last = known
+    return q, k, v, known
 
 
 def prepare(asked, out_strides, kv_len, q_start, tiles, threads, isa):

@@ -5,6 +5,7 @@ was computed, on where the arrays lie or, among those with FMA, on the instructi
 """
 
 import ctypes
+import itertools
 import math
 import platform
 import sys
@@ -232,6 +233,49 @@ def test_any_layout(Lq, layout, causal, dtype, rng):
     for i in range(3):  # each beside two contiguous ones
         mixed = [laid_out[j] if i == j else x for j, x in enumerate(arrays)]
         assert_same(both(*mixed, causal=causal), expected)
+
+
+def test_no_question_is_taken_for_the_one_before(rng):
+    q, k, v = normal(rng, (2, 4, 3, 16), (2, 2, 40, 16), (2, 2, 40, 16))
+    lengths = np.array([40, 40])
+    options = (
+        {},
+        {"causal": True},
+        {"causal": True, "q_start": 1},
+        {"causal": True, "q_start": 2},
+        {"scale": 1.0},
+        {"scale": 1},
+        {"kv_len": 1},
+        {"kv_len": 39},
+        {"kv_len": [40, 7]},
+        {"tiles": [1, 1]},
+    )
+    questions = [((q, k, v), chosen) for chosen in options]
+    questions += [(tuple(map(lay, (q, k, v))), {}) for lay in LAYOUTS.values()]
+    questions += [
+        ((q, k, v[..., :9]), {}),
+        ((q, k[:, :, :17], v[:, :, :17]), {}),
+        ((q[:, :2], k, v), {}),
+        ((q[..., :8], k[..., :8], v), {}),
+        ((q[0, :2], k[0], v[0]), {}),
+        ((q, k.astype(np.float16), v.astype(np.float16)), {}),
+        (tuple(x.view(np.int32).view(np.float32) for x in (v[:, :, :3], k, k)), {}),
+    ]
+    other = np.ones((5, 7))
+    expected = []
+    for arrays, chosen in questions:
+        attention(other, other, other)
+        expected.append(both(*arrays, **chosen))
+    for (before, chosen_before), (after, right) in itertools.product(
+        questions, zip(questions, expected, strict=True)
+    ):
+        attention(*before, **chosen_before)
+        arrays, chosen = after
+        assert_same(both(*arrays, **chosen), right)
+    # An array that holds something else when it is seen again.
+    expected = [both(q, k, v, kv_len=[40, length]) for length in (40, 7)]
+    for lengths[1], right in zip((40, 7), expected, strict=True):
+        assert_same(both(q, k, v, kv_len=lengths), right)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checks import assert_same_bits, normal
+from checks import assert_same_bits, misaligned, normal
 
-from flashcpu import attention, machine, plan, threads
+from flashcpu import attention, machine, plan, problem, threads
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals as POSIX has them")
 
@@ -554,6 +554,22 @@ def test_an_instruction_set_without_fma_gives_other_bits(rng):
         best = attention(q, k, v)
         assert_same_bits(attention(q, k, v), best)
     assert (scalar != best).any()
+
+
+def test_a_question_asked_again_is_not_checked_again(monkeypatch, rng):
+    checked = []
+    original = problem.operand
+    monkeypatch.setattr(problem, "operand", lambda *args: checked.append(args) or original(*args))
+    q, k, v = normal(rng, (1, 4, 1, 16), (1, 2, 1000, 16), (1, 2, 1000, 16))
+    for length in (999, 1000):
+        options = {"kv_len": int(str(length)), "scale": float("0.3")}  # objects of their own
+        first = attention(q, k, v, **options)
+        checked.clear()
+        again = {"kv_len": int(str(length)), "scale": float("0.3")}
+        assert_same_bits(attention(q.copy(), k.copy(), v.copy(), **again), first)
+        assert not checked
+        assert_same_bits(attention(misaligned(q), k, v, **again), first)
+        assert checked  # for it must be copied
 
 
 def test_a_small_question_is_planned_once(monkeypatch, rng):
