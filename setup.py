@@ -1,4 +1,4 @@
-"""Builds the one extension; everything else is in pyproject.toml."""
+"""Builds the two extensions; everything else is in pyproject.toml."""
 
 import os
 import subprocess
@@ -80,4 +80,12 @@ engine = Extension(
     libraries=["m"],
 )
 
-setup(ext_modules=cythonize([engine]), cmdclass={"build_ext": BuildExt})
+question = Extension(
+    "flashcpu._question",
+    sources=["flashcpu/_question.pyx"],
+    include_dirs=engine.include_dirs,
+    define_macros=engine.define_macros,
+    extra_compile_args=DEBUG,
+)
+
+setup(ext_modules=cythonize([engine, question]), cmdclass={"build_ext": BuildExt})

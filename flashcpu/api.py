@@ -1,4 +1,7 @@
-"""`attention`: check (problem.py), plan (plan.py), run (_engine.pyx)."""
+"""`attention`: check (problem.py), plan (plan.py), run (_engine.pyx).
+
+What was asked before (_question.pyx) is not checked again.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,6 +11,7 @@ import numpy as np
 
 from flashcpu import _engine, machine, plan, problem
 from flashcpu import threads as threading_
+from flashcpu._question import Question
 
 
 def attention(
@@ -162,7 +166,7 @@ def attention(
 class Known(NamedTuple):
     """A question, and what was found out about it before any number was read."""
 
-    question: _engine.Question
+    question: Question
     asked: problem.Problem
     kv_len: int | np.ndarray
     q_start: int | np.ndarray | None
@@ -189,7 +193,7 @@ def understand(q, k, v, *options):
     q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
     alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
     known = Known(
-        _engine.Question(q, k, v, options),
+        Question(q, k, v, options),
         asked,
         kv_len,
         q_start,
