@@ -138,10 +138,10 @@ def attention(
         problem.refuse(
             window=window, mask=mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
         )
-    known = _last
-    if known is None or not known.question.is_asked(
-        q, k, v, scale, causal, kv_len, q_start, tiles, threads
-    ):
+    for known in _known:
+        if known.question.is_asked(q, k, v, scale, causal, kv_len, q_start, tiles, threads):
+            break
+    else:
         q, k, v, known = understand(q, k, v, scale, causal, kv_len, q_start, tiles, threads)
     asked = known.asked
     result = out if out is None else problem.output(out, asked, q.dtype)
@@ -176,15 +176,17 @@ class Known(NamedTuple):
     is_worth_threads: bool
 
 
-# The last question that could be remembered: a model asks it again for each of its layers.
-_last = None
+# The last questions that could be remembered, the latest first: a model asks them again for each of
+# its layers, of which there may be kinds, such as with and without a window.
+_known = ()
+KINDS = 4
 # Options that stay what they are. An array of lengths may hold others when it is seen again.
 CONSTANT = {type(None), bool, int, float}
 
 
 def understand(q, k, v, *options):
     """The arrays as the kernels can read them, and what is Known; raises as `attention` does."""
-    global _last
+    global _known
     scale, causal, kv_len, q_start, tiles, threads = options
     q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
     asked = problem.of(q, k, v, problem.scale_factor(scale), problem.flag(causal, "causal"))
@@ -203,7 +205,7 @@ def understand(q, k, v, *options):
         plan.is_worth_threads(asked, kv_len),
     )
     if CONSTANT.issuperset(map(type, options)):
-        _last = known
+        _known = (known, *_known[: KINDS - 1])
     return q, k, v, known
 
 

@@ -562,11 +562,13 @@ def test_a_question_asked_again_is_not_checked_again(monkeypatch, rng):
     monkeypatch.setattr(problem, "operand", lambda *args: checked.append(args) or original(*args))
     q, k, v = normal(rng, (1, 4, 1, 16), (1, 2, 1000, 16), (1, 2, 1000, 16))
     for length in (999, 1000):
+        local = attention(q, k[:, :, :9], v[:, :, :9])  # another kind of layer, between the others
         options = {"kv_len": int(str(length)), "scale": float("0.3")}  # objects of their own
         first = attention(q, k, v, **options)
         checked.clear()
         again = {"kv_len": int(str(length)), "scale": float("0.3")}
         assert_same_bits(attention(q.copy(), k.copy(), v.copy(), **again), first)
+        assert_same_bits(attention(q, k[:, :, :9], v[:, :, :9]), local)
         assert not checked
         assert_same_bits(attention(misaligned(q), k, v, **again), first)
         assert checked  # for it must be copied
