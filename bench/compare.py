@@ -14,8 +14,8 @@ Rows and targets are those of the table "Where it has to get" of the design. Eve
 first compared with float64; a peer that fails is left out of the row, with a line that says so.
 Then come rounds: each measures the machine's limit (a loop of nothing but FMAs, and where keys and
 values come from memory a loop of nothing but reads, on as many threads) and every contender once,
-on every number of threads. A ratio is taken within its round, where the machine was the same for
-both, and the median over the rounds is shown. Threads of all contenders are limited by
+in the same way, on every number of threads. A ratio is taken within its round, where the machine
+was the same for both, and the median over the rounds is shown. Threads of all contenders are limited by
 threadpoolctl. What NumPy needs beside its inputs is allocated before the clock starts; flashcpu
 allocates its result in every call. peers.py has the contenders, measure.py has how a call is timed
 and checked.
@@ -41,6 +41,7 @@ from measure import (
     facts,
     find_truth,
     fma_rate,
+    read_rate,
     seconds_per_call,
     seconds_per_cold_call,
     start_clean,
@@ -186,9 +187,9 @@ def measured(row, contenders, counts, rounds, at_least):
         for _ in range(rounds):
             for count in counts:
                 with controller.limit(limits=count):
-                    fma[count].append(fma_rate(row.case.dtype, isa, count))
+                    fma[count].append(fma_rate(row.case.dtype, isa, count, at_least))
                     if row.is_cold:
-                        read[count].append(machine.read_bandwidth(count, arrays[1:]))
+                        read[count].append(read_rate(arrays[1:], count, at_least))
                     for name, number in calls:
                         if number == count:
                             took = seconds_of(calls[name, count])

@@ -180,14 +180,28 @@ def seconds_per_cold_call(call, arrays, at_least):
     return median(took)
 
 
-def fma_rate(dtype, isa, threads=1, seconds=0.01):
+def fma_rate(dtype, isa, threads=1, seconds=0.02):
     """Measured flops a second of `threads` threads that do nothing but FMAs at the same time.
 
-    The best of three: whatever disturbs it can only make it slower.
+    The mean over `seconds`, as of a call: the best of several would be what the machine can do, not
+    what it gave while the call ran.
     """
+    if threads == 1:  # where the calls run
+        return machine.fma_rate(dtype, isa, seconds)
     with ThreadPoolExecutor(threads) as pool:
-        all_threads = [dtype] * threads, [isa] * threads, [seconds] * threads
-        return max(sum(pool.map(machine.fma_rate, *all_threads)) for _ in range(3))
+        return sum(pool.map(machine.fma_rate, *([x] * threads for x in (dtype, isa, seconds))))
+
+
+def read_rate(arrays, threads, at_least):
+    """Measured bytes a second of reading C-contiguous arrays from memory, timed as a call is."""
+    table = machine.kernels("f32", "f32", machine.isa())[0]
+    buffers = [array.reshape(-1).view(np.uint8) for array in arrays]
+
+    def read():
+        for buffer in buffers:
+            table.read_bytes(buffer, threads)
+
+    return sum(map(len, buffers)) / seconds_per_cold_call(read, arrays, at_least)
 
 
 def facts(*packages):

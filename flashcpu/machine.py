@@ -162,21 +162,18 @@ def fma_rate(dtype="f32", isa_name=None, seconds=0.1):
     return kernels(dtype, dtype, isa_name or isa())[0].fma_rate(seconds)
 
 
-def read_bandwidth(threads=1, arrays=None):
-    """Measured bytes a second of reading C-contiguous arrays from memory; by default 256 MiB.
+def read_bandwidth(threads=1):
+    """Measured bytes a second of reading 256 MiB from memory.
 
     The best of three: whatever disturbs it can only make it slower. They are taken out of the
     caches before, which may be larger than they are.
     """
-    arrays = [np.ones(256 << 20, np.uint8)] if arrays is None else arrays
+    buffer = np.ones(256 << 20, np.uint8)
     table, _ = kernels("f32", "f32", isa())
-    buffers = [array.reshape(-1).view(np.uint8) for array in arrays]
     shortest = math.inf
     for _ in range(3):
-        for buffer in buffers:
-            table.flush(buffer)
+        table.flush(buffer)
         start = time.perf_counter()
-        for buffer in buffers:
-            table.read_bytes(buffer, threads)
+        table.read_bytes(buffer, threads)
         shortest = min(shortest, time.perf_counter() - start)
-    return sum(buffer.size for buffer in buffers) / shortest
+    return buffer.size / shortest
