@@ -15,10 +15,10 @@ first compared with float64; a peer that fails is left out of the row, with a li
 Then come rounds: each measures the machine's limit (a loop of nothing but FMAs, and where keys and
 values come from memory a loop of nothing but reads, on as many threads) and every contender once,
 in the same way, on every number of threads. A ratio is taken within its round, where the machine
-was the same for both, and the median over the rounds is shown. Threads of all contenders are limited by
-threadpoolctl. What NumPy needs beside its inputs is allocated before the clock starts; flashcpu
-allocates its result in every call. peers.py has the contenders, measure.py has how a call is timed
-and checked.
+was the same for both, and the median over the rounds is shown. Threads of all contenders are
+limited by threadpoolctl. What NumPy needs beside its inputs is allocated before the clock starts;
+flashcpu allocates its result in every call. peers.py has the contenders, measure.py has how a call
+is timed and checked.
 """
 
 import argparse

@@ -9,6 +9,7 @@ cut) -> _engine (in what order) -> kernels (the arithmetic). `flashcpu.reference
 method.
 """
 
+from flashcpu import threads  # noqa: F401  first: it tells libgomp how to wait
 from flashcpu.api import attention
 from flashcpu.kvcache import KVCache
 from flashcpu.machine import show_config

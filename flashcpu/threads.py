@@ -9,7 +9,31 @@ from pathlib import Path
 
 import numpy as np
 
-from flashcpu import _engine
+
+@contextlib.contextmanager
+def waiting_asleep():
+    """While libgomp is loaded: between calls its threads wait in a loop for microseconds only.
+
+    Of itself it lets them turn 300,000 times, up to 20 ms, as if nobody else needed the cores. But
+    NumPy's BLAS has threads that wait in a loop too, and each product and each attention then waits
+    until the system takes the core from the other's. Two cores, a row of 576 by 576 x 2304 and 9
+    heads over 3 against 2048 keys in turn, us: 300,000 turns 4000 and 3900, 10,000 158 and 1030,
+    1000 167 and 228, none 155 and 287. It is what libgomp does where it has itself more threads
+    than cores. Who says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone.
+    """
+    name = "GOMP_SPINCOUNT"
+    if name in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ[name] = "1000"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+with waiting_asleep():
+    from flashcpu import _engine
 
 _forked = False
 

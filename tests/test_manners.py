@@ -511,6 +511,32 @@ def cpu_facts():
     return {name.strip(): value.strip() for name, _, value in facts}
 
 
+def spinning(**environment):
+    """Seconds of CPU that a process takes while it sleeps for 0.1 s after a call of two threads."""
+    (spent,) = run(
+        """
+        small(2)
+        before = time.process_time()
+        time.sleep(0.1)
+        print(time.process_time() - before)
+        assert os.environ.get("GOMP_SPINCOUNT") == os.environ.get("SAID")
+        """,
+        OPENBLAS_NUM_THREADS="1",  # its threads spin when NumPy is imported
+        **environment,
+    )
+    return float(spent)
+
+
+def test_threads_sleep_between_calls_unless_told_otherwise():
+    """Else NumPy's BLAS waits for them, and they for its threads, some milliseconds a call."""
+    if threads.usable_cores() < 2:
+        pytest.skip("libgomp itself lets threads sleep where cores are few")
+    long = str(10**9)
+    assert spinning(GOMP_SPINCOUNT=long, SAID=long) > 0.05
+    assert spinning(OMP_WAIT_POLICY="active") > 0.05
+    assert spinning() < 0.002
+
+
 def test_the_read_bandwidth_is_in_bytes_a_second(monkeypatch):
     """By a clock on which reading takes a second."""
     monkeypatch.setattr(machine.time, "perf_counter", itertools.count().__next__)
