@@ -391,19 +391,30 @@ class KVCache:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array; pass its data, and count")
         array = np.asarray(array)
-        dtype = array.dtype.newbyteorder("=")
-        if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):
-            raise TypeError(f"{name} has dtype {array.dtype}, the cache stores {self.dtype}")
-        if np.may_share_memory(array, self._k) or np.may_share_memory(array, self._v):
-            return array.copy()
-        return array
+        if array.dtype != self.dtype:
+            dtype = array.dtype.newbyteorder("=")
+            if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):
+                raise TypeError(f"{name} has dtype {array.dtype}, the cache stores {self.dtype}")
+        return array.copy() if self._may_share(array) else array
+
+    def _may_share(self, array):
+        """Whether an array may lie in the memory of the cache. Nearly always its owner tells that,
+        which takes 2 us when the caches hold something else; addresses take 20."""
+        owner = _owner(array)
+        if type(owner) is np.ndarray and owner.base is None and owner.flags.owndata:
+            return owner is _owner(self._k) or owner is _owner(self._v)
+        return np.may_share_memory(array, self._k) or np.may_share_memory(array, self._v)
 
     def _to_store(self, new, counts):
         """The real ones of the new positions in the dtype of the cache: an array, or a list of one
         for each member."""
-        if _alike(counts):
-            return new[:, :, : counts[0]].astype(self.dtype, copy=False)
-        return [x[:, :n].astype(self.dtype, copy=False) for x, n in zip(new, counts, strict=True)]
+        if not _alike(counts):
+            return [
+                x[:, :n].astype(self.dtype, copy=False) for x, n in zip(new, counts, strict=True)
+            ]
+        if new.shape[2] > counts[0]:
+            new = new[:, :, : counts[0]]
+        return new if new.dtype == self.dtype else new.astype(self.dtype)
 
     def _held(self):
         """Rows of memory that hold a position, of each member."""
@@ -459,9 +470,11 @@ class KVCache:
 
     def _per_member(self, value, name, most, default=None):
         """value as a list of one int a member."""
-        if value is None and default is None:
-            raise TypeError(f"{name} must be an int or integers, one a batch member, got None")
         B = len(self._lengths)
+        if value is None:
+            if default is None:
+                raise TypeError(f"{name} must be an int or integers, one a batch member, got None")
+            return [default] * B
         value = problem.per_member(value, name, (B,), default, 0, most)
         return [value] * B if isinstance(value, int) else value.tolist()
 
@@ -486,6 +499,10 @@ def _memory(shape, dtype):
         return memory[start : start + size].view(dtype).reshape(shape)
     except (MemoryError, ValueError):  # ValueError: larger than an address
         raise MemoryError(f"no memory for a KV cache of shape {shape}, {dtype}") from None
+
+
+def _owner(array):
+    return array if array.base is None else array.base
 
 
 def _alike(numbers):

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from checks import assert_same_bits, bits, normal
+from numpy.lib.stride_tricks import as_strided
 
 from flashcpu import attention, kvcache
 from flashcpu.kvcache import KVCache
@@ -258,17 +259,23 @@ def test_the_numbers_given_out_are_copies(rng):
     assert cache.start.tolist() == [0, 0]
 
 
-def test_a_cache_can_be_appended_to_itself(rng):
-    """Views of its own memory, whatever overlaps what."""
+@pytest.mark.parametrize("owned", [True, False], ids=["views", "of another owner"])
+@pytest.mark.parametrize("crossed", [True, False], ids=["values as keys", "as they were"])
+def test_a_cache_can_be_appended_to_itself(owned, crossed, rng):
+    """Views of its own memory, whatever overlaps what; members exchanged."""
     _, k, v = sequence(rng, 2, 1, 2, 40, D=9)
     cache = filled(k, v)
     keys, values = cache.keys, cache.values
+    if not owned:
+        keys, values = as_strided(keys), as_strided(values)
     cache.truncate(3)
-    cache.append(values[::-1], keys[::-1], [40, 39])  # values as keys, members exchanged
-    assert_same_bits(cache.keys[0, :, 3:], v[1])
-    assert_same_bits(cache.values[0, :, 3:], k[1])
-    assert_same_bits(cache.keys[1, :, 3:42], v[0, :, :39])
-    assert_same_bits(cache.values[1, :, 3:42], k[0, :, :39])
+    if crossed:
+        keys, values, k, v = values, keys, v, k
+    cache.append(keys[::-1], values[::-1], [40, 39])
+    assert_same_bits(cache.keys[0, :, 3:], k[1])
+    assert_same_bits(cache.values[0, :, 3:], v[1])
+    assert_same_bits(cache.keys[1, :, 3:42], k[0, :, :39])
+    assert_same_bits(cache.values[1, :, 3:42], v[0, :, :39])
 
 
 def test_any_layout_can_be_appended(rng):
