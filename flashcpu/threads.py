@@ -18,14 +18,15 @@ def waiting_asleep():
     NumPy's BLAS has threads that wait in a loop too, and each product and each attention then waits
     until the system takes the core from the other's. Two cores, a row of 576 by 576 x 2304 and 9
     heads over 3 against 2048 keys in turn, us: 300,000 turns 4000 and 3900, 10,000 158 and 1030,
-    1000 167 and 228, none 155 and 287. It is what libgomp does where it has itself more threads
-    than cores. Who says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone.
+    1000 145 and 250, 100 148 and 205, with one thread 190. Calls right after each other take the
+    same from 100 turns on, but after a pause they wait until a thread is awake, 5 us and on an idle
+    virtual machine 50. Who says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone.
     """
     name = "GOMP_SPINCOUNT"
     if name in os.environ or "OMP_WAIT_POLICY" in os.environ:
         yield
         return
-    os.environ[name] = "1000"
+    os.environ[name] = "100"
     try:
         yield
     finally:
