@@ -213,11 +213,11 @@ class KVCache:
                 f"({B}, {Hkv}, n, {Dv}); got k {k.shape}, v {v.shape}"
             )
         counts = self._per_member(count, "count", n, n)
-        lengths = [length + real for length, real in zip(self._lengths, counts, strict=True)]
+        lengths = list(map(operator.add, self._lengths, counts))
         # What can fail comes before what changes: rounding may raise under np.errstate.
         k, v = self._to_store(k, counts), self._to_store(v, counts)
         self._make_room(lengths)
-        ends = [length - start for length, start in zip(lengths, self._start, strict=True)]
+        ends = list(map(operator.sub, lengths, self._start))
         for stored, new in ((self._k, k), (self._v, v)):
             if _alike(ends) and _alike(counts):
                 stored[:, :, ends[0] - counts[0] : ends[0]] = new
@@ -260,7 +260,7 @@ class KVCache:
             For what is no integer.
         """
         counts = self._per_member(count, "count", max(self._lengths))
-        self._go_back([n - back for n, back in zip(self._lengths, counts, strict=True)])
+        self._go_back(list(map(operator.sub, self._lengths, counts)))
 
     def clear(self):
         """Forget all positions, and keep the memory."""
@@ -321,7 +321,7 @@ class KVCache:
         Lq = q.shape[2]
         counts = self._per_member(count, "count", Lq, Lq)
         seen = [min(length, self._reach) for length in self._lengths]
-        before = [length - real for length, real in zip(self._lengths, counts, strict=True)]
+        before = list(map(operator.sub, self._lengths, counts))
         if causal and min(before) < 0:
             b = before.index(min(before))
             raise ValueError(
@@ -388,9 +388,10 @@ class KVCache:
 
     def _incoming(self, array, name):
         """An array to store: checked for its dtype, and apart from the cache's own memory."""
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array; pass its data, and count")
-        array = np.asarray(array)
+        if type(array) is not np.ndarray:
+            if isinstance(array, np.ma.MaskedArray):
+                raise TypeError(f"{name} is a masked array; pass its data, and count")
+            array = np.asarray(array)
         if array.dtype != self.dtype:
             dtype = array.dtype.newbyteorder("=")
             if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):
