@@ -292,7 +292,8 @@ causal      flops count the pairs that are seen, for everyone"""
 
 
 def limits(results, counts):
-    """The machine's limits in this run: FMA flops a second of each type, and bytes a second."""
+    """The machine's limits: FMA flops a second of each type in this run, and bytes a second of a
+    read at its end."""
     rates = {}
     for result in results:
         key = result["case"]["dtype"], result["isa"], result["threads"]
@@ -312,7 +313,7 @@ def limit_lines(found):
         rate = one["flops_per_second"] / 1e9
         yield f"FMA {one['dtype']} {one['isa']} x{one['threads']}: {rate:.1f} GFLOP/s"
     for one in found["read"]:
-        yield f"read x{one['threads']}: {one['bytes_per_second'] / 1e9:.1f} GB/s"
+        yield f"read 256 MiB x{one['threads']}: {one['bytes_per_second'] / 1e9:.1f} GB/s"
 
 
 def missing(packages):

@@ -183,8 +183,7 @@ def seconds_per_cold_call(call, arrays, at_least):
 def fma_rate(dtype, isa, threads=1, seconds=0.02):
     """Measured flops a second of `threads` threads that do nothing but FMAs at the same time.
 
-    The mean over `seconds`, as of a call: the best of several would be what the machine can do, not
-    what it gave while the call ran.
+    One run of about `seconds`, not the best of several: what the machine gave, as for a call.
     """
     if threads == 1:  # where the calls run
         return machine.fma_rate(dtype, isa, seconds)
@@ -193,15 +192,14 @@ def fma_rate(dtype, isa, threads=1, seconds=0.02):
 
 
 def read_rate(arrays, threads, at_least):
-    """Measured bytes a second of reading C-contiguous arrays from memory, timed as a call is."""
+    """Measured bytes a second of reading as much as C-contiguous arrays hold from memory.
+
+    Timed as a call is: in one parallel region, for which threads may have to be woken.
+    """
     table = machine.kernels("f32", "f32", machine.isa())[0]
-    buffers = [array.reshape(-1).view(np.uint8) for array in arrays]
-
-    def read():
-        for buffer in buffers:
-            table.read_bytes(buffer, threads)
-
-    return sum(map(len, buffers)) / seconds_per_cold_call(read, arrays, at_least)
+    buffer = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
+    took = seconds_per_cold_call(lambda: table.read_bytes(buffer, threads), [buffer], at_least)
+    return buffer.size / took
 
 
 def facts(*packages):
