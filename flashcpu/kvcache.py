@@ -400,7 +400,7 @@ class KVCache:
 
     def _may_share(self, array):
         """Whether an array may lie in the memory of the cache. Nearly always its owner tells that,
-        which takes 2 us when the caches hold something else; addresses take 20."""
+        which takes 2 us when the CPU's caches hold something else; addresses take 20."""
         owner = _owner(array)
         if type(owner) is np.ndarray and owner.base is None and owner.flags.owndata:
             return owner is _owner(self._k) or owner is _owner(self._v)

@@ -15,6 +15,7 @@ from flashcpu.plan import Lanes
 from flashcpu.threads import limit, usable_cores
 
 ISAS = tuple(_engine.isas())
+READ = 256 << 20  # bytes that are read to measure how fast that is
 
 
 def _chosen_isa():
@@ -165,10 +166,10 @@ def fma_rate(dtype="f32", isa_name=None, seconds=0.1):
 def read_bandwidth(threads=1):
     """Measured bytes a second of reading 256 MiB from memory.
 
-    The best of three: whatever disturbs it can only make it slower. They are taken out of the
-    caches before, which may be larger than they are.
+    The best of three: whatever disturbs it can only make it slower. The buffer is flushed from the
+    caches before each, for they may be larger.
     """
-    buffer = np.ones(256 << 20, np.uint8)
+    buffer = np.ones(READ, np.uint8)
     table, _ = kernels("f32", "f32", isa())
     shortest = math.inf
     for _ in range(3):

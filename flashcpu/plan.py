@@ -24,8 +24,13 @@ KEYS = 128
 # one of V. Out of memory one query is 2 to 6 % faster so on one thread than span by span (f32, f16,
 # bf16; 8/8 and 32/8 heads; beside tiles=(1, 256)), two threads and four queries are not slower.
 SCORES = 4096
-# Work below which starting threads costs more than they save: about 50 us of multiply-adds.
-SMALL = 2_500_000
+# Work below which waking threads costs more than they save, 100 to 400 us: they sleep between calls
+# (threads.waiting_asleep). Two virtual cores of a busy machine, us with one thread and two, 9 heads
+# over 3, D = 64, after a product of NumPy, and after 1 ms of pause: 1024 keys (3 million) 160 and
+# 143, 149 and 223; 2048 285 and 323, 316 and 465; 4096 524 and 751, 550 and 691; 12 heads of 197
+# rows and keys (60 million) 1936 and 1820, 2394 and 2061. To wake one took 50 to 150 us there; on a
+# machine of one's own it takes about 5.
+SMALL = 10_000_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
 # What it costs to bring a tile of K and V to the strips of an item, in the time of so many of its

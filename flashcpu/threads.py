@@ -12,7 +12,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def waiting_asleep():
-    """While libgomp is loaded: between calls its threads wait in a loop for microseconds only.
+    """While libgomp is being loaded: tell it to let threads sleep soon when there is no work.
 
     Of itself it lets them turn 300,000 times, up to 20 ms, as if nobody else needed the cores. But
     NumPy's BLAS has threads that wait in a loop too, and each product and each attention then waits
@@ -20,7 +20,8 @@ def waiting_asleep():
     heads over 3 against 2048 keys in turn, us: 300,000 turns 4000 and 3900, 10,000 158 and 1030,
     1000 145 and 250, 100 148 and 205, with one thread 190. Calls right after each other take the
     same from 100 turns on, but after a pause they wait until a thread is awake, 5 us and on an idle
-    virtual machine 50. Who says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone.
+    virtual machine 50. Whoever says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone. It holds for
+    all libraries that share this libgomp, and not where one of them loaded it before.
     """
     name = "GOMP_SPINCOUNT"
     if name in os.environ or "OMP_WAIT_POLICY" in os.environ:

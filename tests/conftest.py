@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashcpu import machine
+from flashcpu import api, machine, plan
 
 # Test files import checks.py and rules.py; pytest's importlib mode has no path of its own for them.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,6 +31,13 @@ def isa(request):
     """Runs a test once on every instruction set; `usefixtures("isa")` does so for a whole file."""
     with machine.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def always_threads(monkeypatch):
+    """Threads have work in the smallest calls too, which are not worth to wake them."""
+    monkeypatch.setattr(plan, "SMALL", 1)
+    monkeypatch.setattr(api, "_known", ())  # what is known of a call tells whether it was worth it
 
 
 def dtypes(doc, params):

@@ -374,6 +374,7 @@ def test_nothing_outside_out_is_written(Lq, layout, Dv, dtype, rng):
     assert_same_bits(room, before)
 
 
+@pytest.mark.usefixtures("always_threads")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shift", [0, 1, 5, 48])
 @pytest.mark.parametrize("which", ["q", "k", "v"])

@@ -17,18 +17,13 @@ import pytest
 from checks import COPIED, LAYOUTS, assert_same, assert_same_bits, both, causal_or_not, normal
 from rules import BLOCK, SPAN, attention_by_the_rules, fma_once, fma_twice
 
-from flashcpu import _engine, api, attention, machine, plan, problem
+from flashcpu import _engine, api, attention, machine, problem
 
 
 def both_dtypes(test):
     """Runs a test in float32 and float64 on every instruction set."""
     dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["f32", "f64"])
     return pytest.mark.usefixtures("isa")(dtypes(test))
-
-
-def is_for_threads(q, k, v):
-    """Whether a call is so large that `threads` means something."""
-    return plan.is_worth_threads(problem.of(q, k, v), k.shape[-2])
 
 
 # How the work is cut
@@ -45,11 +40,11 @@ CUTS = {
 every_cut = pytest.mark.parametrize("shapes", CUTS.values(), ids=CUTS)
 
 
+@pytest.mark.usefixtures("always_threads")
 @causal_or_not
 @every_cut
 def test_any_number_of_threads(shapes, causal, arithmetic, rng):
     q, k, v = normal(rng, *shapes, dtype=arithmetic)
-    assert is_for_threads(q, k, v)
     expected = both(q, k, v, causal=causal, threads=1)
     for threads in (2, 3, 5):
         assert_same(both(q, k, v, causal=causal, threads=threads), expected)
@@ -140,12 +135,11 @@ def test_columns_of_values_do_not_know_each_other(Lq, arithmetic, rng):
         assert_same_bits(attention(q, k, v[:, first:end]), whole[:, first:end])
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("isa", "always_threads")
 def test_calls_from_many_threads_at_once(rng):
     shapes = [((1, 4, 70 + i, 20), (1, 4, 400, 20), (1, 4, 400, 9)) for i in range(6)]
     shapes += [((1, 1, 1, 20), (1, 1, 20_000 + i, 20), (1, 1, 20_000 + i, 9)) for i in range(6)]
     arrays = [normal(rng, *of_call) for of_call in shapes]  # and with chains of items
-    assert all(is_for_threads(*of_call) for of_call in arrays)
     expected = [both(*of_call, causal=True, threads=1) for of_call in arrays]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
@@ -351,6 +345,7 @@ def flushing_subnormals():
     not sys.platform.startswith("linux") or platform.machine() not in FLUSHING,
     reason="where the bits are is not known",
 )
+@pytest.mark.usefixtures("always_threads")
 @pytest.mark.parametrize("rows", [1, 63])
 def test_a_thread_that_flushes_subnormal_numbers(rows, any_dtype, rng):
     """float16 is widened by way of subnormal numbers of float32, in decode and not in prefill."""
@@ -358,7 +353,6 @@ def test_a_thread_that_flushes_subnormal_numbers(rows, any_dtype, rng):
     q *= any_dtype.type(2.0**13)
     k *= any_dtype.type(2.0**-17)
     v[..., :32] *= any_dtype.type(2.0**-20)
-    assert is_for_threads(q, k, v)
     expected = both(q, k, v)
     with flushing_subnormals():
         results = [both(q, k, v, threads=threads) for threads in (1, 2)]

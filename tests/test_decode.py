@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checks import LAYOUTS, assert_same, both, causal_or_not, misaligned, normal, odd_rows
 
-from flashcpu import api, attention, machine, plan, problem
+from flashcpu import api, attention, machine, problem
 
 ROWS = 63
 
@@ -168,12 +168,12 @@ def test_a_span_without_weight_adds_not_even_a_sign(empty):
 # Chains
 
 
+@pytest.mark.usefixtures("always_threads")
 @pytest.mark.parametrize("rows", [1, 12, 16, 53, 63])
 @causal_or_not
 def test_any_number_of_threads_and_any_cut_of_the_keys(rows, causal, arithmetic, rng):
     """One head and 20000 keys: links of a chain on any thread, in any order of their ends."""
     q, k, v = normal(rng, (1, 1, rows, 8), (1, 1, 20_000, 8), (1, 1, 20_000, 9), dtype=arithmetic)
-    assert plan.is_worth_threads(problem.of(q, k, v), 20_000)
     q *= 2  # spans whose maxima differ
     expected = both(q, k, v, causal=causal, threads=1)
     for threads in (2, 3, 5):
@@ -188,6 +188,7 @@ def test_any_number_of_threads_and_any_cut_of_the_keys(rows, causal, arithmetic,
     assert_same([x[5:6] for x in whole], expected)
 
 
+@pytest.mark.usefixtures("always_threads")
 @causal_or_not
 @pytest.mark.parametrize(
     "shape", [(6, 2, 1), (4, 4, 2), (1, 1, 16), (2, 1, 26), (2, 1, 32)], ids=str
@@ -198,7 +199,6 @@ def test_a_member_alone_and_beside_longer_ones(shape, causal, any_dtype, rng):
     lengths = [0, 20_000, 1, 255, 700]
     shapes = (5, Hq, Lq, 8), (1, Hkv, 20_000, 8), (1, Hkv, 20_000, 9)
     q, k, v = normal(rng, *shapes, dtype=any_dtype)
-    assert plan.is_worth_threads(problem.of(q, k, v), np.array(lengths))
     together = [both(q, k, v, causal=causal, kv_len=lengths, threads=n) for n in (1, 3)]
     assert_same(*together)
     for b, keys in enumerate(lengths):
@@ -207,6 +207,7 @@ def test_a_member_alone_and_beside_longer_ones(shape, causal, any_dtype, rng):
         assert_same(alone, [x[b : b + 1] for x in together[0]])
 
 
+@pytest.mark.usefixtures("always_threads")
 @pytest.mark.parametrize("past", [1, 20, 31, 40, 62])
 def test_strips_of_a_link_that_end_in_different_spans(past, arithmetic, rng):
     """A span that one strip sees and another does not, last of two that wait together."""
@@ -221,6 +222,7 @@ def test_strips_of_a_link_that_end_in_different_spans(past, arithmetic, rng):
             assert_same([x[:, 50:] for x in whole], last)
 
 
+@pytest.mark.usefixtures("always_threads")
 def test_many_calls_with_chains_at_once_and_again(any_dtype, rng):
     """Each link writes to the state that all of its chain share: in its turn, or bits change."""
     q, k, v = normal(rng, (1, 2, 3, 32), (1, 2, 9000, 32), (1, 2, 9000, 32), dtype=any_dtype)

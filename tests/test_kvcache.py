@@ -259,15 +259,15 @@ def test_the_numbers_given_out_are_copies(rng):
     assert cache.start.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("owned", [True, False], ids=["views", "of another owner"])
+@pytest.mark.parametrize("page", [1, kvcache.HUGE_PAGE], ids=["huge pages", "small"])
+@pytest.mark.parametrize("view", [np.asarray, as_strided], ids=["own views", "another owner's"])
 @pytest.mark.parametrize("crossed", [True, False], ids=["values as keys", "as they were"])
-def test_a_cache_can_be_appended_to_itself(owned, crossed, rng):
+def test_a_cache_can_be_appended_to_itself(page, view, crossed, rng, monkeypatch):
     """Views of its own memory, whatever overlaps what; members exchanged."""
+    monkeypatch.setattr(kvcache, "HUGE_PAGE", page)
     _, k, v = sequence(rng, 2, 1, 2, 40, D=9)
     cache = filled(k, v)
-    keys, values = cache.keys, cache.values
-    if not owned:
-        keys, values = as_strided(keys), as_strided(values)
+    keys, values = view(cache.keys), view(cache.values)
     cache.truncate(3)
     if crossed:
         keys, values, k, v = values, keys, v, k
