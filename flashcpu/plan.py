@@ -28,8 +28,7 @@ SCORES = 4096
 # (threads.waiting_asleep). Two virtual cores of a busy machine, us with one thread and two, 9 heads
 # over 3, D = 64, after a product of NumPy, and after 1 ms of pause: 1024 keys (3 million) 160 and
 # 143, 149 and 223; 2048 285 and 323, 316 and 465; 4096 524 and 751, 550 and 691; 12 heads of 197
-# rows and keys (60 million) 1936 and 1820, 2394 and 2061. To wake one took 50 to 150 us there; on a
-# machine of one's own it takes about 5.
+# rows and keys (60 million) 1936 and 1820, 2394 and 2061. To wake one took 50 to 150 us there.
 SMALL = 10_000_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8

@@ -19,9 +19,9 @@ def waiting_asleep():
     until the system takes the core from the other's. Two cores, a row of 576 by 576 x 2304 and 9
     heads over 3 against 2048 keys in turn, us: 300,000 turns 4000 and 3900, 10,000 158 and 1030,
     1000 145 and 250, 100 148 and 205, with one thread 190. Calls right after each other take the
-    same from 100 turns on, but after a pause they wait until a thread is awake, 5 us and on an idle
-    virtual machine 50. Whoever says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone. It holds for
-    all libraries that share this libgomp, and not where one of them loaded it before.
+    same from 100 turns on, but after a pause they wait until a thread is awake, 50 us or more in a
+    virtual machine. Whoever says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone. It holds for all
+    libraries that share this libgomp, and not where one of them loaded it before.
     """
     name = "GOMP_SPINCOUNT"
     if name in os.environ or "OMP_WAIT_POLICY" in os.environ:

@@ -35,7 +35,7 @@ def isa(request):
 
 @pytest.fixture
 def always_threads(monkeypatch):
-    """Threads have work in the smallest calls too, which are not worth to wake them."""
+    """Threads take part in the smallest calls too, which are not worth waking them for."""
     monkeypatch.setattr(plan, "SMALL", 1)
     monkeypatch.setattr(api, "_known", ())  # what is known of a call tells whether it was worth it
 
