@@ -11,6 +11,9 @@ of `keys`:
     S        keys x strip, written and read in L1 or L2, never leaves
     out      once a row
 
+What is stored in 16 bits is widened once a tile into scratch, which is in L2; or, where one strip
+alone reads it (widened.inc), block by block into L1 between products.
+
 With few query rows (decode.inc) a tile is several spans of keys; K and V come once an item, the
 rest stays in L1 and L2. Where threads would have too few items or uneven ones, the keys of a row
 are cut into several items, whole spans each. An item streams its spans from nothing, each on its
@@ -108,6 +111,10 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*stage_panels)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
+        int line, widest
+        void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
+        void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
+                           int) noexcept nogil
         void (*pack_few)(const fc_strip *, const void *const *) noexcept nogil
         void (*scores_few)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*accumulate_few)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
@@ -169,12 +176,14 @@ cdef class Storage:
 
     cdef const fc_storage *table
     cdef readonly tuple few_shares
+    cdef readonly int line, widest  # rows of whole lines are widened on the way to such strips
 
     def __cinit__(self, str dtype, str arithmetic, str isa):
         self.table = fc_find_storage(dtype.encode(), arithmetic.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
         self.few_shares = tuple([fc_few_shares(self.table)[i] for i in range(FC_NV + 1)])
+        self.line, self.widest = self.table.line, self.table.widest
 
 
 cdef class Kernels:
@@ -218,7 +227,8 @@ cdef class Kernels:
 
 
 cdef struct Steps:
-    # The kernels of one call: those of tile.inc for many query rows, of decode.inc for few.
+    # The kernels of one call: of tile.inc for many query rows, or of widened.inc, where K or V is
+    # not the arithmetic's and not staged; of decode.inc for few.
     void (*pack)(const fc_strip *, const void *const *) noexcept nogil
     void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
     void (*softmax)(const fc_strip *, int, int) noexcept nogil
@@ -229,7 +239,7 @@ cdef struct Steps:
 
 
 cdef Steps steps_of(const fc_kernels *kernels, const fc_storage *rows, const fc_storage *stored,
-                    bint few) noexcept nogil:
+                    bint few, bint stage_k, bint stage_v) noexcept nogil:
     cdef Steps steps
     if few:
         steps.pack, steps.finish = rows.pack_few, rows.finish_few
@@ -239,6 +249,10 @@ cdef Steps steps_of(const fc_kernels *kernels, const fc_storage *rows, const fc_
         steps.pack, steps.finish = rows.pack, rows.finish
         steps.scores, steps.accumulate = kernels.scores, kernels.accumulate
         steps.softmax, steps.merge = kernels.softmax, kernels.merge
+        if stored.scores is not NULL and not stage_k:
+            steps.scores = stored.scores
+        if stored.accumulate is not NULL and not stage_v:
+            steps.accumulate = stored.accumulate
     return steps
 
 
@@ -743,7 +757,8 @@ cdef class Prepared:
         call.items, call.n_items = &self.items[0, 0], self.items.shape[0]
         call.members, call.threads = &self.members[0, 0], self.threads
         call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
-        call.steps = steps_of(call.kernels, call.rows, call.stored, call.few)
+        call.steps = steps_of(call.kernels, call.rows, call.stored, call.few, call.stage_k,
+                              call.stage_v)
         (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
          call.out_head, call.out_row) = strides
         call.heads, call.group, call.lq, call.d, call.dv = shape

@@ -65,13 +65,15 @@ def arithmetic(rows, stored, isa_name):
 
 @cache
 def _kernels(name, stored, isa_name):
-    table = _engine.Kernels(name, isa_name)
+    table, store = _engine.Kernels(name, isa_name), storage(stored, name, isa_name)
     return table, Lanes(
         width=table.lanes,
         vectors=_engine.STRIP_VECTORS,
         block=_engine.BLOCK,
         span=_engine.SPAN,
-        few_shares=storage(stored, name, isa_name).few_shares,
+        few_shares=store.few_shares,
+        line=store.line,
+        widest=store.widest,
         arithmetic=name,
         step=table.step,
     )

@@ -33,10 +33,11 @@ SMALL = 10_000_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
 # What it costs to bring a tile of K and V to the strips of an item, in the time of so many of its
-# query rows, and to stage it besides. 2048 rows strip by strip beside four at once, Zen 4,
-# D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and 100, 99 and 103; bf16 in pairs 164
-# and 175, 178 and 191.
-READ, STAGE = 1, 4
+# query rows, and to stage it besides, or to widen it on the way to one strip. 2048 rows strip by
+# strip beside four at once, Zen 4, D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and
+# 100, 99 and 103 (staged); bf16 in pairs 164 and 175, 178 and 191. 48 rows of f16 out of L2, on
+# Sapphire Rapids, widened on the way, take 1.04 times as long as the same in f32.
+READ, STAGE, WIDEN = 1, 4, 2
 # Items that a thread should have, so that the last one does not keep others waiting for long: two
 # threads, f16, 80 rows of 9 heads strip by strip, of 8 heads both strips at once, 1.13 times as
 # fast as 16 halves. Where keys are cut, beside 32 items, 6 of 3 KV heads (2048 keys, D = 64) 1.1 to
@@ -58,6 +59,9 @@ REMEMBERED_KEYS = 1 << 20
 # 1.03 times.
 LONG = 1024
 NEAR_SHARE = 7 / 8
+# The least share of rows that would be widened on the way if they were whole lines: staged, 16 rows
+# in 16 bits take 1.1 to 1.3 times as long as by lanes of keys, 32 rows 0.9 to 1.1 times.
+STAGED_SHARE = 0.86
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
 MANY = 2
@@ -73,6 +77,8 @@ class Lanes(NamedTuple):
     block: int  # keys between two rescales
     span: int  # keys between two merges
     few_shares: tuple  # of the lanes of 1, 2, ... vectors, of more: with so many rows they are keys
+    line: int  # numbers: rows of whole lines are widened on the way to a strip; 0: none are
+    widest: int  # most vectors of such a strip
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 
@@ -116,11 +122,14 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     """
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group
-    few = _few(lanes, rows, int(members[:, KV_LEN].max(initial=0)))
+    few = _few(problem, lanes, rows, int(members[:, KV_LEN].max(initial=0)))
     stage_k = not few and _staged(problem, lanes, problem.k_strides[1], problem.D)
     stage_v = not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0))
-    staged = stage_k or stage_v
-    strips, keys = _tile(problem, lanes, tiles, rows, few, staged, len(members), threads)
+    staging = STAGE * (stage_k or stage_v)
+    strips, keys = _tile(problem, lanes, tiles, rows, few, staging, len(members), threads)
+    if strips == 1 and _vectors(lanes, rows) <= lanes.widest:
+        stage_k = stage_k and not _whole_lines(lanes, problem.D)
+        stage_v = stage_v and not _whole_lines(lanes, problem.Dv)
     items = _items(problem, lanes, members, rows, strips, few)
     items, chains, spans = _chains(items, lanes.span, strips, few, threads)
     for table in (members, items):
@@ -139,10 +148,20 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     )
 
 
-def _few(lanes, rows, keys):
+def _vectors(lanes, rows):
+    """How many vectors the rows of an item of one strip fill, at most."""
+    vectors = -(-rows // lanes.width)
+    return -(-vectors // max(1, -(-vectors // lanes.vectors)))
+
+
+def _few(problem, lanes, rows, keys):
     """Whether lanes are better keys than query rows; keys are those of the longest member."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
+    if vectors <= lanes.widest and not (
+        _whole_lines(lanes, problem.D) and _whole_lines(lanes, problem.Dv)
+    ):
+        share = max(share, STAGED_SHARE)
     if keys < LONG:
         share = min(share, NEAR_SHARE)
     enough = vectors == 1 or keys >= MANY * lanes.block
@@ -160,6 +179,11 @@ def _staged(problem, lanes, row_stride, length):
         or (row_stride % PAGE == 0 and problem.Lkv > 1)
         or length % lanes.step > 0
     )
+
+
+def _whole_lines(lanes, length):
+    """Whether rows of this length can be widened on the way to a strip."""
+    return lanes.line > 0 and length > 0 and length % lanes.line == 0
 
 
 def _members(problem, out_strides, kv_len, q_start):
@@ -184,7 +208,7 @@ def _row_end(problem, members, row):
     return end
 
 
-def _tile(problem, lanes, tiles, rows, few, staged, count, threads):
+def _tile(problem, lanes, tiles, rows, few, staging, count, threads):
     """(strips, keys) of a cache tile: keys of one span, or with few rows of several whole ones."""
     strip_rows = lanes.width * lanes.vectors
     all_strips = max(1, -(-rows // strip_rows))
@@ -194,7 +218,8 @@ def _tile(problem, lanes, tiles, rows, few, staged, count, threads):
     elif tiles:
         strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
-        strips = _strips(rows, all_strips, problem.Hkv * count, staged, threads)
+        alone = min(staging, WIDEN) if lanes.widest == lanes.vectors else staging
+        strips = _strips(rows, all_strips, problem.Hkv * count, alone, staging, threads)
         keys = KEYS
     keys = -(-keys // lanes.block) * lanes.block
     if keys > lanes.span:
@@ -203,13 +228,16 @@ def _tile(problem, lanes, tiles, rows, few, staged, count, threads):
     return strips, min(keys, all_keys)
 
 
-def _strips(rows, all_strips, heads, staged, threads):
-    """How many strips share a tile of K and V: threads are to have enough items, and end soon."""
+def _strips(rows, all_strips, heads, alone, staging, threads):
+    """How many strips share a tile of K and V: threads are to have enough items, and end soon.
+
+    alone and staging: what it costs to widen or stage a tile for one strip, and for several.
+    """
 
     def cost(strips):
         parts = -(-all_strips // strips)
         items = heads * parts
-        heaped = -(-items // threads) * (rows / parts + READ + STAGE * staged)
+        heaped = -(-items // threads) * (rows / parts + READ + (staging if strips > 1 else alone))
         return items < EVEN * threads and threads > 1, heaped
 
     return min(range(1, min(STRIPS, all_strips) + 1), key=cost)

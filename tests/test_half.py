@@ -230,7 +230,7 @@ def test_how_keys_are_stored_decides_how_many_rows_are_few(isa):
     """f32 queries with f16 keys count as f16, whose prefill has to be widened."""
     _, lanes = machine.kernels("f32", "f16", isa)
     assert lanes.few_shares == machine.storage("f16", "f32", isa).few_shares
-    assert lanes.few_shares > machine.storage("f32", "f32", isa).few_shares
+    assert lanes.few_shares != machine.storage("f32", "f32", isa).few_shares
 
 
 @pytest.mark.parametrize("rows", [1, 12, 63])

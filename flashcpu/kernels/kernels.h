@@ -1,6 +1,7 @@
 /* What the loop in _engine.pyx may ask of an instruction set: the arithmetic of a real type
- * (tile.inc) and the storage of a dtype (storage.inc; with few query rows, decode.inc). Plain C, no
- * SIMD here; the functions are written once, and compiled for each instruction set in isa/.
+ * (tile.inc) and the storage of a dtype (storage.inc, widened.inc; with few query rows,
+ * decode.inc). Plain C, no SIMD here; the functions are written once, and compiled for each
+ * instruction set in isa/.
  *
  * A strip is up to 3 vectors of query rows, one row in a lane; with few rows decode.inc has a
  * layout of its own. The kernels see a run of keys inside one span. Both lengths below are part of
@@ -72,6 +73,13 @@ struct fc_storage {
     /* nk rows of K or V for the arithmetic: densely, or in panels of `panel` columns */
     void (*stage_rows)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
     void (*stage_panels)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
+    /* The steps of fc_kernels for K and V as they are stored, rows of whole lines of so many
+     * elements, at least one, and strips of at most so many vectors (widened.inc); 0 and NULL
+     * where these are the arithmetic's, or are always staged */
+    int line, widest;
+    void (*scores)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);
+    void (*accumulate)(const struct fc_strip *, const void *v, ptrdiff_t ldv, ptrdiff_t panel,
+                       int nk, int full);
     /* the same steps for few query rows (decode.inc), K and V as they are stored */
     void (*pack_few)(const struct fc_strip *, const void *const *rows);
     void (*scores_few)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);

@@ -1,5 +1,5 @@
-/* The vector vocabulary of tile.inc, storage.inc and decode.inc. The only file that knows
- * an instruction set; constants of a type are also in exp2.h.
+/* The vector vocabulary of tile.inc, widened.inc, storage.inc and decode.inc. The only file that
+ * knows an instruction set; constants of a type are also in exp2.h.
  *
  * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64 and FC_F16 or FC_BF16 if numbers are
  * stored so; isa/<isa>.h one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR, and FC_PAIRS if it has the
@@ -318,6 +318,24 @@ INLINE vec v_unpack(vec packed, int i) {
     return packed;
 #endif
 }
+
+/* PARTS * W stored elements, widened exactly: element PARTS * i + part in lane i of a part. */
+#if defined(FC_BF16)
+#define PARTS 2
+INLINE vec v_widen_part(const elem *p, int part) {
+    return v_unpack(*(const vec_stored_units *)p, part);
+}
+INLINE void v_widen(const elem *p, vec x[PARTS]) {
+    vec both = *(const vec_stored_units *)p;
+    LOADED_ONCE(both);
+    x[0] = v_unpack(both, 0);
+    x[1] = v_unpack(both, 1);
+}
+#else
+#define PARTS 1
+INLINE vec v_widen_part(const elem *p, int part) { return (void)part, v_load_elems(p); }
+INLINE void v_widen(const elem *p, vec x[PARTS]) { x[0] = v_load_elems(p); }
+#endif
 
 /* f16 as 1 / FEW_POWER of what it is: exponent and mantissa where those of a float stand. Shifts go
  * beside products, where the CPU's own conversion takes their place (4 rows, D = 128: 19.7 GB/s,
