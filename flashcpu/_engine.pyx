@@ -11,8 +11,8 @@ of `keys`:
     S        keys x strip, written and read in L1 or L2, never leaves
     out      once a row
 
-What is stored in 16 bits is widened once a tile into scratch, which is in L2; or, where one strip
-alone reads it (widened.inc), block by block into L1 between products.
+What is stored in 16 bits is widened once a tile, into scratch that is in L2; or, for one strip
+alone, block by block into L1, between products (ring.inc).
 
 With few query rows (decode.inc) a tile is several spans of keys; K and V come once an item, the
 rest stays in L1 and L2. Where threads would have too few items or uneven ones, the keys of a row
@@ -111,7 +111,7 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*stage_panels)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
-        int line, widest
+        int line, ring_k, ring_v
         void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
         void (*accumulate)(const fc_strip *, const void *, ptrdiff_t, ptrdiff_t, int,
                            int) noexcept nogil
@@ -176,14 +176,15 @@ cdef class Storage:
 
     cdef const fc_storage *table
     cdef readonly tuple few_shares
-    cdef readonly int line, widest  # rows of whole lines are widened on the way to such strips
+    cdef readonly int line, ring_k, ring_v
 
     def __cinit__(self, str dtype, str arithmetic, str isa):
         self.table = fc_find_storage(dtype.encode(), arithmetic.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
         self.few_shares = tuple([fc_few_shares(self.table)[i] for i in range(FC_NV + 1)])
-        self.line, self.widest = self.table.line, self.table.widest
+        self.line = self.table.line
+        self.ring_k, self.ring_v = self.table.ring_k, self.table.ring_v
 
 
 cdef class Kernels:
@@ -227,8 +228,8 @@ cdef class Kernels:
 
 
 cdef struct Steps:
-    # The kernels of one call: of tile.inc for many query rows, or of widened.inc, where K or V is
-    # not the arithmetic's and not staged; of decode.inc for few.
+    # The kernels of one call: of tile.inc for many query rows, or of ring.inc for one strip of
+    # them; of decode.inc for few.
     void (*pack)(const fc_strip *, const void *const *) noexcept nogil
     void (*scores)(const fc_strip *, const void *, ptrdiff_t, int, int) noexcept nogil
     void (*softmax)(const fc_strip *, int, int) noexcept nogil
@@ -239,7 +240,7 @@ cdef struct Steps:
 
 
 cdef Steps steps_of(const fc_kernels *kernels, const fc_storage *rows, const fc_storage *stored,
-                    bint few, bint stage_k, bint stage_v) noexcept nogil:
+                    bint few, bint ring_k, bint ring_v) noexcept nogil:
     cdef Steps steps
     if few:
         steps.pack, steps.finish = rows.pack_few, rows.finish_few
@@ -249,9 +250,9 @@ cdef Steps steps_of(const fc_kernels *kernels, const fc_storage *rows, const fc_
         steps.pack, steps.finish = rows.pack, rows.finish
         steps.scores, steps.accumulate = kernels.scores, kernels.accumulate
         steps.softmax, steps.merge = kernels.softmax, kernels.merge
-        if stored.scores is not NULL and not stage_k:
+        if ring_k:
             steps.scores = stored.scores
-        if stored.accumulate is not NULL and not stage_v:
+        if ring_v:
             steps.accumulate = stored.accumulate
     return steps
 
@@ -752,13 +753,12 @@ cdef class Prepared:
                   double scale, bint causal):
         cdef Workspace unplaced
         cdef Call *call = &self.call
-        (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, self.threads,
-         self.chains, self.members, self.items) = plan
+        (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, ring_k, ring_v,
+         self.threads, self.chains, self.members, self.items) = plan
         call.items, call.n_items = &self.items[0, 0], self.items.shape[0]
         call.members, call.threads = &self.members[0, 0], self.threads
         call.kernels, call.rows, call.stored = kernels.table, rows.table, stored.table
-        call.steps = steps_of(call.kernels, call.rows, call.stored, call.few, call.stage_k,
-                              call.stage_v)
+        call.steps = steps_of(call.kernels, call.rows, call.stored, call.few, ring_k, ring_v)
         (call.q_head, call.q_row, call.k_head, call.k_row, call.v_head, call.v_row,
          call.out_head, call.out_row) = strides
         call.heads, call.group, call.lq, call.d, call.dv = shape

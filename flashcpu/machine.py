@@ -73,7 +73,8 @@ def _kernels(name, stored, isa_name):
         span=_engine.SPAN,
         few_shares=store.few_shares,
         line=store.line,
-        widest=store.widest,
+        ring_k=store.ring_k,
+        ring_v=store.ring_v,
         arithmetic=name,
         step=table.step,
     )

@@ -33,10 +33,10 @@ SMALL = 10_000_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
 # What it costs to bring a tile of K and V to the strips of an item, in the time of so many of its
-# query rows, and to stage it besides, or to widen it on the way to one strip. 2048 rows strip by
+# query rows, and to stage it besides, or to widen it block by block. 2048 rows strip by
 # strip beside four at once, Zen 4, D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and
 # 100, 99 and 103 (staged); bf16 in pairs 164 and 175, 178 and 191. 48 rows of f16 out of L2, on
-# Sapphire Rapids, widened on the way, take 1.04 times as long as the same in f32.
+# Sapphire Rapids, widened block by block, take 1.04 times as long as the same in f32.
 READ, STAGE, WIDEN = 1, 4, 2
 # Items that a thread should have, so that the last one does not keep others waiting for long: two
 # threads, f16, 80 rows of 9 heads strip by strip, of 8 heads both strips at once, 1.13 times as
@@ -59,7 +59,7 @@ REMEMBERED_KEYS = 1 << 20
 # 1.03 times.
 LONG = 1024
 NEAR_SHARE = 7 / 8
-# The least share of rows that would be widened on the way if they were whole lines: staged, 16 rows
+# The least share of rows that would come block by block if they were whole lines: staged, 16 rows
 # in 16 bits take 1.1 to 1.3 times as long as by lanes of keys, 32 rows 0.9 to 1.1 times.
 STAGED_SHARE = 0.86
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
@@ -77,8 +77,9 @@ class Lanes(NamedTuple):
     block: int  # keys between two rescales
     span: int  # keys between two merges
     few_shares: tuple  # of the lanes of 1, 2, ... vectors, of more: with so many rows they are keys
-    line: int  # numbers: rows of whole lines are widened on the way to a strip; 0: none are
-    widest: int  # most vectors of such a strip
+    line: int  # numbers: rows of whole lines can come block by block, kernels of ring.inc
+    ring_k: int  # to a strip of at most so many vectors; 0: to none
+    ring_v: int
     arithmetic: str  # f32, f64, or bf16: in pairs
     step: int  # numbers in a unit of that arithmetic
 
@@ -90,8 +91,10 @@ class Plan(NamedTuple):
     strips: int
     keys: int
     spans: int  # of an item whose keys are cut, else 1
-    stage_k: bool
+    stage_k: bool  # whether a tile of K, of V, is copied first
     stage_v: bool
+    ring_k: bool  # or comes block by block
+    ring_v: bool
     threads: int
     chains: int  # of items of the same rows, 0 where no keys are cut
     members: np.ndarray
@@ -127,9 +130,10 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     stage_v = not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0))
     staging = STAGE * (stage_k or stage_v)
     strips, keys = _tile(problem, lanes, tiles, rows, few, staging, len(members), threads)
-    if strips == 1 and _vectors(lanes, rows) <= lanes.widest:
-        stage_k = stage_k and not _whole_lines(lanes, problem.D)
-        stage_v = stage_v and not _whole_lines(lanes, problem.Dv)
+    alone = strips == 1 and not few
+    vectors = _vectors(lanes, rows)
+    ring_k = alone and vectors <= lanes.ring_k and _whole_lines(lanes, problem.D)
+    ring_v = alone and vectors <= lanes.ring_v and _whole_lines(lanes, problem.Dv)
     items = _items(problem, lanes, members, rows, strips, few)
     items, chains, spans = _chains(items, lanes.span, strips, few, threads)
     for table in (members, items):
@@ -139,8 +143,10 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
         strips=strips,
         keys=keys,
         spans=spans,
-        stage_k=stage_k,
-        stage_v=stage_v,
+        stage_k=stage_k and not ring_k,
+        stage_v=stage_v and not ring_v,
+        ring_k=ring_k,
+        ring_v=ring_v,
         threads=min(threads, max(1, len(items))),
         chains=chains,
         members=members,
@@ -158,7 +164,7 @@ def _few(problem, lanes, rows, keys):
     """Whether lanes are better keys than query rows; keys are those of the longest member."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
-    if vectors <= lanes.widest and not (
+    if vectors <= lanes.ring_v and not (
         _whole_lines(lanes, problem.D) and _whole_lines(lanes, problem.Dv)
     ):
         share = max(share, STAGED_SHARE)
@@ -182,7 +188,7 @@ def _staged(problem, lanes, row_stride, length):
 
 
 def _whole_lines(lanes, length):
-    """Whether rows of this length can be widened on the way to a strip."""
+    """Whether rows of this length can come block by block."""
     return lanes.line > 0 and length > 0 and length % lanes.line == 0
 
 
@@ -218,7 +224,7 @@ def _tile(problem, lanes, tiles, rows, few, staging, count, threads):
     elif tiles:
         strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
-        alone = min(staging, WIDEN) if lanes.widest == lanes.vectors else staging
+        alone = min(staging, WIDEN) if lanes.ring_v == lanes.vectors else staging
         strips = _strips(rows, all_strips, problem.Hkv * count, alone, staging, threads)
         keys = KEYS
     keys = -(-keys // lanes.block) * lanes.block

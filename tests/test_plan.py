@@ -27,9 +27,9 @@ problem, plan = load("problem"), load("plan")
 
 # What AVX-512 has in f32, NEON and scalar in f64; and small numbers that make many cuts.
 LANES = [
-    plan.Lanes(16, 3, 64, 256, (1.0, 0.85, 0.75, 0.85), 0, 0, "f32", 1),
-    plan.Lanes(2, 3, 64, 256, (0.875, 0.6, 0.6, 0.0), 0, 0, "f64", 1),
-    plan.Lanes(4, 2, 8, 192, (0.0, 0.0, 0.0), 0, 0, "f32", 1),
+    plan.Lanes(16, 3, 64, 256, (1.0, 0.85, 0.75, 0.85), 0, 0, 0, "f32", 1),
+    plan.Lanes(2, 3, 64, 256, (0.875, 0.6, 0.6, 0.0), 0, 0, 0, "f64", 1),
+    plan.Lanes(4, 2, 8, 192, (0.0, 0.0, 0.0), 0, 0, 0, "f32", 1),
 ]
 every_lanes = pytest.mark.parametrize("lanes", LANES, ids=["wide", "narrow", "small"])
 
@@ -418,17 +418,17 @@ def test_what_the_arithmetic_does_not_take_is_staged_but_not_for_few_rows(
         (49, 64, 64, 3, (True, True)),  # two strips share a tile
     ],
 )
-def test_whole_lines_are_widened_on_the_way_to_a_strip_alone(rows, D, Dv, widest, staged):
-    lanes = LANES[0]._replace(line=32, widest=widest, few_shares=(0.0,) * 4)
+def test_whole_lines_come_block_by_block_to_a_strip_alone(rows, D, Dv, widest, staged):
+    lanes = LANES[0]._replace(line=32, ring_k=widest, ring_v=widest, few_shares=(0.0,) * 4)
     asked = ask((1, 1, rows, D), (1, 1, 100, D), (1, 1, 100, Dv))
     planned = cut(replace(asked, rows="f16", stored="f16"), lanes, threads=1)
     assert not planned.few
     assert (planned.stage_k, planned.stage_v) == staged
 
 
-def test_many_rows_strip_by_strip_are_widened_on_the_way():
+def test_to_many_rows_strip_by_strip_too():
     """Where the strips of a head are items of their own."""
-    lanes = LANES[0]._replace(line=32, widest=3, few_shares=(0.0,) * 4)
+    lanes = LANES[0]._replace(line=32, ring_k=3, ring_v=3, few_shares=(0.0,) * 4)
     asked = replace(ask((1, 1, 90, 64), (1, 1, 100, 64)), rows="f16", stored="f16")
     for threads, alone in ((1, False), (2, True)):
         planned = cut(asked, lanes, threads=threads)
@@ -462,7 +462,7 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
     assert few_rows(1023, half) == up_to(7 / 8, [1, 2, 3, *beyond])
     assert few_rows(1024, half) == up_to(1, [1, 2, 3]) | up_to(0.95, beyond)
     assert max(few_rows(1024, half)) == 273  # of 18 vectors
-    lines = half._replace(few_shares=(0.5, 0.5, 0.5, 0.5), line=8, widest=2)
+    lines = half._replace(few_shares=(0.5, 0.5, 0.5, 0.5), line=8, ring_k=2, ring_v=2)
     assert few_rows(1024, lines) == up_to(0.5, [1, 2, 3, *beyond])
     staged = lines._replace(line=16)  # rows are half a line
     least = plan.STAGED_SHARE

@@ -1,5 +1,5 @@
 /* What the loop in _engine.pyx may ask of an instruction set: the arithmetic of a real type
- * (tile.inc) and the storage of a dtype (storage.inc, widened.inc; with few query rows,
+ * (tile.inc) and the storage of a dtype (storage.inc, ring.inc; with few query rows,
  * decode.inc). Plain C, no SIMD here; the functions are written once, and compiled for each
  * instruction set in isa/.
  *
@@ -73,10 +73,10 @@ struct fc_storage {
     /* nk rows of K or V for the arithmetic: densely, or in panels of `panel` columns */
     void (*stage_rows)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
     void (*stage_panels)(void *dst, const void *src, ptrdiff_t ld, int nk, int d);
-    /* The steps of fc_kernels for K and V as they are stored, rows of whole lines of so many
-     * elements, at least one, and strips of at most so many vectors (widened.inc); 0 and NULL
-     * where these are the arithmetic's, or are always staged */
-    int line, widest;
+    /* The steps of fc_kernels for K and V as they are stored, which come block by block (ring.inc):
+     * for rows of whole lines of so many elements, at least one, and strips of at most so many
+     * vectors; 0 and NULL where none do */
+    int line, ring_k, ring_v;
     void (*scores)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);
     void (*accumulate)(const struct fc_strip *, const void *v, ptrdiff_t ldv, ptrdiff_t panel,
                        int nk, int full);

@@ -1,4 +1,4 @@
-/* The vector vocabulary of tile.inc, widened.inc, storage.inc and decode.inc. The only file that
+/* The vector vocabulary of tile.inc, ring.inc, storage.inc and decode.inc. The only file that
  * knows an instruction set; constants of a type are also in exp2.h.
  *
  * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64 and FC_F16 or FC_BF16 if numbers are

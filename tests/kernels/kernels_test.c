@@ -418,11 +418,11 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
     const struct fc_storage *stored = t->stored;
     const int step = kernels->step, size = stored->elem_size, real = kernels->real_size;
     const int foreign = strcmp(stored->dtype, kernels->dtype) != 0;
-    const int widens = strip->nv <= stored->widest && !how->few && !how->stage;
-    const int widen_k = widens && p->d > 0 && p->d % stored->line == 0;
-    const int widen_v = widens && p->dv > 0 && p->dv % stored->line == 0;
-    const int stage_k = !how->few && !widen_k && (how->stage || foreign || p->d % step);
-    const int stage_v = !how->few && !widen_v && (how->stage || foreign || step > 1);
+    const int line = MAX(stored->line, 1), alone = !how->few && !how->stage;
+    const int ring_k = alone && strip->nv <= stored->ring_k && p->d > 0 && p->d % line == 0;
+    const int ring_v = alone && strip->nv <= stored->ring_v && p->dv > 0 && p->dv % line == 0;
+    const int stage_k = !how->few && !ring_k && (how->stage || foreign || p->d % step);
+    const int stage_v = !how->few && !ring_v && (how->stage || foreign || step > 1);
     const int64_t key_end = ends[strip->nq - 1];
     struct fc_strip part = *strip;
     part.m = strip->m0, part.l = strip->l0;
@@ -471,17 +471,17 @@ static void attend_strip(const struct target *t, const struct problem *p, const 
             part.soon = v + key * ldv_rows * size, part.soon_stride = ldv_rows * size;
             part.soon_rows = there, part.soon_bytes = p->dv * size;
         }
-        (how->few  ? stored->scores_few
-         : widen_k ? stored->scores
-                   : kernels->scores)(&part, k_tile, ld_k, n, full);
+        (how->few ? stored->scores_few
+         : ring_k ? stored->scores
+                  : kernels->scores)(&part, k_tile, ld_k, n, full);
         (how->few ? kernels->softmax_few : kernels->softmax)(&part, n, full);
         if (how->fetch && !how->few) {
             part.soon = k + (key + nk) * ldk * size, part.soon_stride = ldk * size;
             part.soon_rows = (int)MIN(nk, all_keys - key - nk), part.soon_bytes = p->d * size;
         }
-        (how->few  ? stored->accumulate_few
-         : widen_v ? stored->accumulate
-                   : kernels->accumulate)(&part, v_tile, ldv, panel, n, full);
+        (how->few ? stored->accumulate_few
+         : ring_v ? stored->accumulate
+                  : kernels->accumulate)(&part, v_tile, ldv, panel, n, full);
         if (key >= FC_SPAN && (key + nk == span_end || key + nk >= key_end)) {
             (how->few ? kernels->merge_few : kernels->merge)(&part);
         }
