@@ -7,6 +7,9 @@ COMPILER: str
 
 class Storage:
     few_shares: tuple[float, ...]
+    line: int
+    ring_k: int
+    ring_v: int
     def __init__(self, dtype: str, arithmetic: str, isa: str) -> None: ...
 
 class Kernels:

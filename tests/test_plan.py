@@ -424,6 +424,16 @@ def test_whole_lines_come_block_by_block_to_a_strip_alone(rows, D, Dv, widest, s
     planned = cut(replace(asked, rows="f16", stored="f16"), lanes, threads=1)
     assert not planned.few
     assert (planned.stage_k, planned.stage_v) == staged
+    assert (planned.ring_k, planned.ring_v) == (not staged[0], not staged[1])
+
+
+def test_what_needs_no_staging_can_come_block_by_block_too():
+    lanes = LANES[0]._replace(line=16, ring_k=1, few_shares=(0.5,) * 4)
+    for rows, D, ring_k in ((8, 32, False), (9, 32, True), (9, 24, False), (32, 32, False)):
+        planned = cut(ask((1, 1, rows, D), (1, 1, 5000, D)), lanes)
+        assert bool(planned.few) == (rows == 8)
+        assert (planned.stage_k, planned.stage_v) == (False, False)
+        assert (planned.ring_k, planned.ring_v) == (ring_k, False)
 
 
 def test_to_many_rows_strip_by_strip_too():
