@@ -130,10 +130,9 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     stage_v = not few and (lanes.step > 1 or _staged(problem, lanes, problem.v_strides[1], 0))
     staging = STAGE * (stage_k or stage_v)
     strips, keys = _tile(problem, lanes, tiles, rows, few, staging, len(members), threads)
-    alone = strips == 1 and not few
-    vectors = _vectors(lanes, rows)
-    ring_k = alone and vectors <= lanes.ring_k and _whole_lines(lanes, problem.D)
-    ring_v = alone and vectors <= lanes.ring_v and _whole_lines(lanes, problem.Dv)
+    ring_k = ring_v = False
+    if strips == 1 and not few:
+        ring_k, ring_v = _ring(problem, lanes, _vectors(lanes, rows))
     items = _items(problem, lanes, members, rows, strips, few)
     items, chains, spans = _chains(items, lanes.span, strips, few, threads)
     for table in (members, items):
@@ -164,9 +163,7 @@ def _few(problem, lanes, rows, keys):
     """Whether lanes are better keys than query rows; keys are those of the longest member."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
-    if vectors <= lanes.ring_v and not (
-        _whole_lines(lanes, problem.D) and _whole_lines(lanes, problem.Dv)
-    ):
+    if vectors <= lanes.ring_v and not all(_ring(problem, lanes, vectors)):
         share = max(share, STAGED_SHARE)
     if keys < LONG:
         share = min(share, NEAR_SHARE)
@@ -187,9 +184,13 @@ def _staged(problem, lanes, row_stride, length):
     )
 
 
-def _whole_lines(lanes, length):
-    """Whether rows of this length can come block by block."""
-    return lanes.line > 0 and length > 0 and length % lanes.line == 0
+def _ring(problem, lanes, vectors):
+    """Whether K and V can come block by block, to a strip alone of so many vectors."""
+
+    def can(widest, length):
+        return 0 < vectors <= widest and length > 0 and length % lanes.line == 0
+
+    return can(lanes.ring_k, problem.D), can(lanes.ring_v, problem.Dv)
 
 
 def _members(problem, out_strides, kv_len, q_start):
@@ -224,7 +225,8 @@ def _tile(problem, lanes, tiles, rows, few, staging, count, threads):
     elif tiles:
         strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
-        alone = min(staging, WIDEN) if lanes.ring_v == lanes.vectors else staging
+        rings = all(_ring(problem, lanes, lanes.vectors))
+        alone = min(staging, WIDEN) if rings else staging
         strips = _strips(rows, all_strips, problem.Hkv * count, alone, staging, threads)
         keys = KEYS
     keys = -(-keys // lanes.block) * lanes.block
