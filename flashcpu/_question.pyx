@@ -65,12 +65,23 @@ cdef class Question:
 
     def is_asked(self, q, k, v, *options):
         """Whether these arrays lie as those did, and the options are equal and of their types."""
-        cdef Py_ssize_t i
-        if len(options) != len(self.options):
+        return (are_alike(options, self.options)
+                and self.lies_so(0, q) and self.lies_so(1, k) and self.lies_so(2, v))
+
+
+cdef bint are_alike(tuple options, tuple before):
+    """Whether they are equal and of the same types; tuples among them likewise."""
+    cdef Py_ssize_t i
+    if len(options) != len(before):
+        return False
+    for i in range(len(before)):
+        if options[i] is before[i]:
+            continue
+        if type(options[i]) is not type(before[i]):
             return False
-        for i in range(len(self.options)):
-            if options[i] is not self.options[i] and (
-                    type(options[i]) is not type(self.options[i])
-                    or options[i] != self.options[i]):
+        if type(before[i]) is tuple:
+            if not are_alike(options[i], before[i]):
                 return False
-        return self.lies_so(0, q) and self.lies_so(1, k) and self.lies_so(2, v)
+        elif options[i] != before[i]:
+            return False
+    return True

@@ -143,6 +143,8 @@ def attention(
             break
     else:
         q, k, v, known = understand(q, k, v, scale, causal, kv_len, q_start, tiles, threads)
+    if return_lse is not True and return_lse is not False:
+        return_lse = problem.flag(return_lse, "return_lse")
     asked = known.asked
     result = out if out is None else problem.output(out, asked, q.dtype)
     if result is None or problem.needs_own_memory(result, q, k, v):
@@ -168,8 +170,8 @@ class Known(NamedTuple):
 
     question: Question
     asked: problem.Problem
-    kv_len: int | np.ndarray
-    q_start: int | np.ndarray | None
+    kv_len: int | tuple
+    q_start: int | tuple | None
     tiles: tuple | None
     threads: int | None
     prepare: Callable
@@ -180,8 +182,15 @@ class Known(NamedTuple):
 # its layers, of which there may be kinds, such as with and without a window.
 _known = ()
 KINDS = 4
-# Options that stay what they are. An array of lengths may hold others when it is seen again.
+# Options that stay what they are, and tuples of them. A list or an array of lengths may hold others
+# when it is seen again.
 CONSTANT = {type(None), bool, int, float}
+
+
+def is_constant(option):
+    return type(option) in CONSTANT or (
+        type(option) is tuple and CONSTANT.issuperset(map(type, option))
+    )
 
 
 def understand(q, k, v, *options):
@@ -189,11 +198,16 @@ def understand(q, k, v, *options):
     global _known
     scale, causal, kv_len, q_start, tiles, threads = options
     q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
-    asked = problem.of(q, k, v, problem.scale_factor(scale), problem.flag(causal, "causal"))
+    factor, causal = problem.scale_factor(scale), problem.flag(causal, "causal")
+    asked = problem.of(q, k, v, factor, causal)
     far = problem.FARTHEST
     kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
     q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
-    alike = type(kv_len) is int and not isinstance(q_start, np.ndarray)
+    if not all(map(problem.is_readable, (q, k, v))):
+        # What stands behind kv_len is not read, by a copy neither.
+        keys = kv_len if isinstance(kv_len, int) else max(kv_len)
+        q, k, v = map(problem.readable, (q, k[..., :keys, :], v[..., :keys, :]))
+        asked = problem.of(q, k, v, factor, causal)
     known = Known(
         Question(q, k, v, options),
         asked,
@@ -201,10 +215,10 @@ def understand(q, k, v, *options):
         q_start,
         problem.tile_sizes(tiles),
         problem.thread_count(threads),
-        prepare_once if alike and plan.is_small(asked, kv_len) else prepare,
+        prepare_once if plan.is_small(asked, kv_len) else prepare,
         plan.is_worth_threads(asked, kv_len),
     )
-    if CONSTANT.issuperset(map(type, options)):
+    if all(map(is_constant, options)):
         _known = (known, *_known[: KINDS - 1])
     return q, k, v, known
 

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,8 +17,8 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: float | None = None,
-    causal: bool = False,
+    scale: SupportsFloat | None = None,
+    causal: bool | np.bool_ = False,
     window: None = None,
     mask: None = None,
     kv_len: ArrayLike | None = None,
@@ -28,8 +28,8 @@ def attention(
     sinks: None = None,
     return_lse: Literal[False] = False,
     out: NDArray[Any] | None = None,
-    threads: int | None = None,
-    tiles: Sequence[int] | None = None,
+    threads: SupportsIndex | None = None,
+    tiles: Sequence[SupportsIndex] | None = None,
 ) -> Result: ...
 @overload
 def attention(
@@ -37,8 +37,8 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: float | None = None,
-    causal: bool = False,
+    scale: SupportsFloat | None = None,
+    causal: bool | np.bool_ = False,
     window: None = None,
     mask: None = None,
     kv_len: ArrayLike | None = None,
@@ -48,14 +48,34 @@ def attention(
     sinks: None = None,
     return_lse: Literal[True],
     out: NDArray[Any] | None = None,
-    threads: int | None = None,
-    tiles: Sequence[int] | None = None,
+    threads: SupportsIndex | None = None,
+    tiles: Sequence[SupportsIndex] | None = None,
 ) -> tuple[Result, Real]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    scale: SupportsFloat | None = None,
+    causal: bool | np.bool_ = False,
+    window: None = None,
+    mask: None = None,
+    kv_len: ArrayLike | None = None,
+    q_start: ArrayLike | None = None,
+    softcap: None = None,
+    alibi_slopes: None = None,
+    sinks: None = None,
+    return_lse: bool | np.bool_,
+    out: NDArray[Any] | None = None,
+    threads: SupportsIndex | None = None,
+    tiles: Sequence[SupportsIndex] | None = None,
+) -> Result | tuple[Result, Real]: ...
 def prepare(
     asked: Problem,
     out_strides: tuple[int, ...],
-    kv_len: int | NDArray[np.int64],
-    q_start: int | NDArray[np.int64] | None,
+    kv_len: int | tuple[int, ...],
+    q_start: int | tuple[int, ...] | None,
     tiles: tuple[int, int] | None,
     threads: int,
     isa: str,

@@ -37,16 +37,18 @@ class KVCache:
         D of the keys.
     value_depth : int, optional
         Dv of the values. Default: depth.
-    dtype : dtype
-        float32, float64, float16 or bfloat16 (that of ml_dtypes): how keys and values are stored.
-        `attend` takes what `attention` takes.
+    dtype : dtype, default float32
+        float32, float64, float16 or bfloat16 (``ml_dtypes.bfloat16``): how keys and values are
+        stored. `attend` takes what `attention` takes: to 16 bits also queries in float32.
     capacity : int, optional
-        Positions of a member that fit, for good. Default: as many as come; the memory grows.
+        Positions of a member for which there is memory, for good. Default: as many as come; the
+        memory grows.
     window : int, optional
-        Only the last `window` positions of a member are attended, and older ones are dropped once
-        in a while: memory for at most twice the sum of the window and the largest append (64
-        positions at least), and the old memory beside it while they are dropped. A capacity must
-        then be at least twice the window.
+        A query sees at most the last `window` positions, its own the last of them; older ones are
+        dropped once in a while. Memory for at most 2 * (window + n) positions, n those of the
+        largest append (64 positions at least), and the old memory beside it while they are dropped.
+        A capacity must then be at least twice the window, and capacity - window positions can be
+        appended at once, however many were before.
 
     Raises
     ------
@@ -100,11 +102,7 @@ class KVCache:
                 (depth if value_depth is None else value_depth, "value_depth"),
             )
         )
-        dtype = np.dtype(dtype)
-        if not dtype.isnative:
-            dtype = dtype.newbyteorder("=")
-        if dtype.name not in STORED:
-            raise TypeError(f"dtype must be one of {', '.join(STORED)}; got {dtype.name}")
+        dtype = _dtype_to_store(np.float32 if dtype is None else dtype)
         self._fixed = capacity is not None
         capacity = problem.at_least_one(capacity, "capacity") if self._fixed else 0
         self._window = None if window is None else problem.at_least_one(window, "window")
@@ -315,10 +313,13 @@ class KVCache:
         `attention` each.
         """
         q = np.asanyarray(q)
-        B, _, _, D = self._k.shape
-        if q.ndim != 4 or q.shape[0] != B or q.shape[3] != D:
-            raise ValueError(f"q must be (B, Hq, Lq, D) = ({B}, Hq, Lq, {D}), got {q.shape}")
+        B, Hkv, _, D = self._k.shape
+        if q.ndim != 4 or q.shape[0] != B or q.shape[1] % Hkv or q.shape[3] != D:
+            raise ValueError(
+                f"q must be (B, Hq, Lq, D) = ({B}, a multiple of {Hkv}, Lq, {D}), got {q.shape}"
+            )
         Lq = q.shape[2]
+        causal = problem.flag(causal, "causal")
         counts = self._per_member(count, "count", Lq, Lq)
         seen = [min(length, self._reach) for length in self._lengths]
         before = list(map(operator.sub, self._lengths, counts))
@@ -326,7 +327,7 @@ class KVCache:
             b = before.index(min(before))
             raise ValueError(
                 f"member {b} has {self._lengths[b]} positions, fewer than its {counts[b]} causal "
-                f"queries: append their keys first, or pass count"
+                f"queries: append their keys first (and pass count where some are padding)"
             )
         # Rows before those that are seen; without a window there are none.
         hidden = list(map(operator.sub, self._held(), seen))
@@ -334,20 +335,24 @@ class KVCache:
         if _alike(hidden) and (Lq == 1 or not causal or seen == self._lengths):
             before = list(map(operator.sub, seen, counts))
             # All the memory and kv_len, not a view of what is held: without hidden rows the same
-            # shapes at every step, for which `attention` remembers what it checked.
+            # shapes at every step, for which `attention` remembers what it checked. Tuples, for
+            # what it remembers must stay what it is.
             return attention(
                 q,
                 self._k[:, :, hidden[0] :],
                 self._v[:, :, hidden[0] :],
-                kv_len=seen[0] if _alike(seen) else seen,
-                q_start=before[0] if _alike(before) else before,
+                kv_len=seen[0] if _alike(seen) else tuple(seen),
+                q_start=before[0] if _alike(before) else tuple(before),
                 return_lse=return_lse,
                 out=out,
                 **options,
             )
         # Queries that see different windows, a call each: attention hides keys only at the end.
         q = problem.operand(q, "q")
-        asked = problem.of(q, self._k, self._v)
+        asked = problem.of(q, self._k, self._v, problem.scale_factor(scale), causal)
+        return_lse = problem.flag(return_lse, "return_lse")
+        problem.thread_count(threads)
+        problem.tile_sizes(tiles)
         if out is not None:
             problem.output(out, asked, q.dtype)
         result = np.zeros(asked.out_shape, q.dtype)
@@ -391,7 +396,10 @@ class KVCache:
         if type(array) is not np.ndarray:
             if isinstance(array, np.ma.MaskedArray):
                 raise TypeError(f"{name} is a masked array; pass its data, and count")
-            array = np.asarray(array)
+            try:
+                array = np.asarray(array)
+            except ValueError as error:
+                raise ValueError(f"{name} is not an array: {error}") from None
         if array.dtype != self.dtype:
             dtype = array.dtype.newbyteorder("=")
             if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):
@@ -439,9 +447,13 @@ class KVCache:
         need = max(needs)
         if self._fixed and need > self.capacity:
             b = needs.index(need)
+            hint = ""
+            if self._window is not None:
+                free = self.capacity - self._window
+                hint = f"; {free} at once always fit beside the window of {self._window}"
             raise ValueError(
                 f"member {b} has length {self._lengths[b]} and would have {lengths[b]}: {need} "
-                f"positions to hold, beyond the capacity {self.capacity}"
+                f"positions to hold, beyond the capacity {self.capacity}{hint}"
             )
         B, Hkv, _, D = self._k.shape
         capacity = self.capacity if self._fixed else max(LEAST, 2 * need)
@@ -461,10 +473,11 @@ class KVCache:
         ):
             if not 0 <= length <= now:
                 raise ValueError(f"member {b} has {now} positions, it cannot go back to {length}")
-            if length and max(0, length - self._reach) < start:
+            first = max(0, length - self._reach)
+            if length and first < start:
                 raise ValueError(
                     f"member {b} cannot go back to {length} positions: the window before them "
-                    f"begins at {length - self._window}, and what is before {start} was dropped"
+                    f"begins at {first}, and what is before {start} was dropped"
                 )
         self._start = [s if length else 0 for s, length in zip(self._start, lengths, strict=True)]
         self._lengths = lengths
@@ -477,12 +490,25 @@ class KVCache:
                 raise TypeError(f"{name} must be an int or integers, one a batch member, got None")
             return [default] * B
         value = problem.per_member(value, name, (B,), default, 0, most)
-        return [value] * B if isinstance(value, int) else value.tolist()
+        return [value] * B if isinstance(value, int) else list(value)
 
     def _view(self, stored):
         view = stored[:, :, : max(self._held())]
         view.flags.writeable = False
         return view
+
+
+def _dtype_to_store(dtype):
+    """The dtype in the byte order of this machine."""
+    try:
+        found = np.dtype(dtype).newbyteorder("=")
+    except TypeError:
+        found = None
+    if found is None or found.name not in STORED:
+        raise TypeError(
+            f"dtype must be one of {', '.join(STORED)} (that of ml_dtypes); got {dtype!r}"
+        )
+    return found
 
 
 def _memory(shape, dtype):

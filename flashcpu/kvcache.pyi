@@ -1,4 +1,5 @@
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -6,14 +7,14 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 class KVCache:
     def __init__(
         self,
-        batch: int,
-        heads: int,
-        depth: int,
-        value_depth: int | None = None,
+        batch: SupportsIndex,
+        heads: SupportsIndex,
+        depth: SupportsIndex,
+        value_depth: SupportsIndex | None = None,
         *,
-        dtype: DTypeLike = ...,
-        capacity: int | None = None,
-        window: int | None = None,
+        dtype: DTypeLike | None = ...,
+        capacity: SupportsIndex | None = None,
+        window: SupportsIndex | None = None,
     ) -> None: ...
     @property
     def lengths(self) -> NDArray[np.int64]: ...
@@ -41,12 +42,12 @@ class KVCache:
         q: ArrayLike,
         *,
         count: ArrayLike | None = None,
-        causal: bool = True,
-        scale: float | None = None,
+        causal: bool | np.bool_ = True,
+        scale: SupportsFloat | None = None,
         return_lse: Literal[False] = False,
         out: NDArray[Any] | None = None,
-        threads: int | None = None,
-        tiles: tuple[int, int] | None = None,
+        threads: SupportsIndex | None = None,
+        tiles: Sequence[SupportsIndex] | None = None,
     ) -> NDArray[Any]: ...
     @overload
     def attend(
@@ -54,10 +55,23 @@ class KVCache:
         q: ArrayLike,
         *,
         count: ArrayLike | None = None,
-        causal: bool = True,
-        scale: float | None = None,
+        causal: bool | np.bool_ = True,
+        scale: SupportsFloat | None = None,
         return_lse: Literal[True],
         out: NDArray[Any] | None = None,
-        threads: int | None = None,
-        tiles: tuple[int, int] | None = None,
+        threads: SupportsIndex | None = None,
+        tiles: Sequence[SupportsIndex] | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @overload
+    def attend(
+        self,
+        q: ArrayLike,
+        *,
+        count: ArrayLike | None = None,
+        causal: bool | np.bool_ = True,
+        scale: SupportsFloat | None = None,
+        return_lse: bool | np.bool_,
+        out: NDArray[Any] | None = None,
+        threads: SupportsIndex | None = None,
+        tiles: Sequence[SupportsIndex] | None = None,
+    ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...

@@ -109,7 +109,7 @@ def caches():
     return sizes
 
 
-def show_config():
+def show_config() -> dict:
     """Print what this machine gives flashcpu, and return the same facts as a dict.
 
     Returns

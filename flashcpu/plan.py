@@ -105,13 +105,13 @@ def is_small(problem, kv_len):
     """Whether a plan is worth remembering: planning would be felt, and there is little to keep."""
     heads = problem.members * problem.Hkv
     rows = heads * (problem.Lq * problem.group + 100)
-    keys = heads * kv_len
+    keys = heads * (kv_len if isinstance(kv_len, int) else max(kv_len))
     return rows < REMEMBERED and keys < REMEMBERED_KEYS
 
 
 def is_worth_threads(problem, kv_len):
     """Whether threads save more than it costs to start them."""
-    keys = kv_len * problem.members if isinstance(kv_len, int) else int(kv_len.sum())
+    keys = kv_len * problem.members if isinstance(kv_len, int) else sum(kv_len)
     numbers = keys * problem.Hkv * (problem.D + problem.Dv)
     return numbers * max(problem.Lq * problem.group, READING) >= SMALL
 
@@ -120,8 +120,8 @@ def cut(problem, lanes, out_strides, kv_len, q_start, tiles, threads):
     """The plan of a call.
 
     out_strides are those of the result, (lead ..., head, row) in bytes; kv_len and q_start are ints
-    or int64 arrays, one a member (q_start may be None); tiles is None or (Tq, Tk). threads: at
-    most so many will run.
+    or tuples of one a member (q_start may be None); tiles is None or (Tq, Tk). threads: at most so
+    many will run.
     """
     members = _members(problem, out_strides, kv_len, q_start)
     rows = problem.Lq * problem.group

@@ -71,7 +71,7 @@ class Problem:
 
 
 def operand(array, name):
-    """The array as the kernels can read it: itself, or one copy where its memory does not allow.
+    """The array that is given, as NumPy has it; nothing is copied.
 
     Raises TypeError for other dtypes than float64, float32, float16 and bfloat16, and for masked
     arrays.
@@ -84,22 +84,31 @@ def operand(array, name):
         except ValueError as error:
             raise ValueError(f"{name} is not an array: {error}") from None
     dtype = array.dtype
-    if dtype is not F32 and dtype is not F64:
-        # The name of the type is found faster, and of what is named otherwise the dtype's counts.
-        if dtype.type.__name__ not in NAMES and dtype.name not in NAMES:
-            raise TypeError(
-                f"{name} has dtype {dtype}; float64, float32, float16 or bfloat16 is needed"
-            )
-        if not dtype.isnative:
-            return array.astype(dtype.newbyteorder("="), order="C")
-    flags = array.flags
-    if flags.carray:  # aligned, contiguous, and writeable, as nearly all are: known at once
-        return array
-    if not flags.aligned or (array.ndim and not unit_last_stride(array)):
-        # Broadcast axes stay so: one copy of what is there, not one of every repetition.
-        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-1])
-        return np.broadcast_to(np.array(array[once], order="C"), array.shape)
+    # The name of the type is found faster, and of what is named otherwise the dtype's counts.
+    if (
+        dtype is not F32
+        and dtype is not F64
+        and dtype.type.__name__ not in NAMES
+        and dtype.name not in NAMES
+    ):
+        raise TypeError(
+            f"{name} has dtype {dtype}; float64, float32, float16 or bfloat16 is needed"
+        )
     return array
+
+
+def is_readable(array):
+    """Whether the kernels can read the array where it lies."""
+    return array.dtype.isnative and array.flags.aligned and unit_last_stride(array)
+
+
+def readable(array):
+    """The array as the kernels can read it: itself, or one copy where its memory does not allow."""
+    if is_readable(array):
+        return array
+    # Broadcast axes stay so: one copy of what is there, not one of every repetition.
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-1])
+    return np.broadcast_to(array[once].astype(array.dtype.newbyteorder("="), "C"), array.shape)
 
 
 def unit_last_stride(array):
@@ -108,7 +117,7 @@ def unit_last_stride(array):
 
 
 def of(q, k, v, scale=None, causal=False):
-    """The Problem of these arrays, as `operand` returns them."""
+    """The Problem of these arrays, as `operand` returns them, or `readable`."""
     return describe(
         (q.dtype, k.dtype, v.dtype),
         (q.shape, k.shape, v.shape),
@@ -230,22 +239,16 @@ def flag(value, name):
 
 
 def per_member(value, name, lead, default, least, most):
-    """One integer for each member of the batch: an int, or an int64 array of len(members).
+    """One integer for each member of the batch: an int, or where they differ a tuple of them.
 
-    value is None (the default), an int, or an integer array that broadcasts to `lead`.
+    value is None (the default), an int, or integers that broadcast to `lead`.
     """
     if value is None:
         return default
-    if isinstance(value, INTEGERS) and not isinstance(value, bool):
-        value = int(value)
-        low = high = value
+    if _is_integer(value):
+        value = low = high = int(value)
     else:
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            array = None
-        if array is None or (array.dtype.kind not in "iu" and array.size):
-            raise TypeError(f"{name} must be an int or integers, one a batch member, got {value!r}")
+        array = _integers(value, name)
         try:
             array = np.broadcast_to(array, lead)
         except ValueError:
@@ -254,12 +257,30 @@ def per_member(value, name, lead, default, least, most):
             ) from None
         if array.size == 0:
             return default
-        low, high = int(array.min()), int(array.max())
-        value = low if low == high else array.astype(np.int64).ravel()
+        each = tuple(array.ravel().tolist())
+        low, high = min(each), max(each)
+        value = low if low == high else each
     if low < least or high > most:
         wrong = low if low < least else high
         raise ValueError(f"{name} must be between {least} and {most}, got {wrong}")
     return value
+
+
+def _integers(value, name):
+    """An array of integers, of any size."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass its data")
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = None
+    if array is None or (array.dtype.kind not in "iu" and not all(map(_is_integer, array.flat))):
+        raise TypeError(f"{name} must be an int or integers, one a batch member, got {value!r}")
+    return array
+
+
+def _is_integer(value):
+    return isinstance(value, INTEGERS) and not isinstance(value, bool)
 
 
 def thread_count(threads):

@@ -275,7 +275,7 @@ def test_no_question_is_taken_for_one_before(monkeypatch, rng):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_the_kernels_can_read_is_not_copied(layout, rng):
     x = LAYOUTS[layout](normal(rng, (2, 2, 150, 20))[0])
-    read = problem.operand(x, "k")
+    read = problem.readable(problem.operand(x, "k"))
     assert read.flags.aligned
     assert read.dtype.isnative
     assert read.strides[-1] == read.itemsize

@@ -158,13 +158,20 @@ def test_causal_must_be_a_flag(value):
     refused(TypeError, "causal must be True or False", causal=value)
 
 
+@pytest.mark.parametrize("value", [1, None, "yes", np.ones(2, bool)], ids=str)
+def test_return_lse_must_be_a_flag(value):
+    refused(TypeError, "return_lse must be True or False", return_lse=value)
+
+
 @pytest.mark.parametrize("value", [np.True_, np.False_])
 def test_flags_may_be_those_of_numpy(value):
     expected = attention(Q, K, V, causal=bool(value))
     np.testing.assert_array_equal(attention(Q, K, V, causal=value), expected)
 
 
-@pytest.mark.parametrize("value", [-1, 8, 10**30, [0, 8], [-1, 7], np.array([0, 2**64 - 1], "u8")])
+@pytest.mark.parametrize(
+    "value", [-1, 8, 10**30, [0, 8], [-1, 7], [0, 10**30], np.array([0, 2**64 - 1], "u8")]
+)
 def test_kv_len_must_be_within_the_keys(value):
     refused(ValueError, "kv_len must be between 0 and 7, got -?[0-9]+", kv_len=value)
 
@@ -175,6 +182,21 @@ def test_kv_len_must_be_within_the_keys(value):
 )
 def test_numbers_of_keys_and_positions_must_be_integers(name, value):
     refused(TypeError, f"{name} must be an int or integers", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["kv_len", "q_start"])
+def test_masked_numbers_of_keys_and_positions(name):
+    refused(TypeError, f"{name} is a masked array", **{name: np.ma.array([1, 2], mask=[0, 1])})
+
+
+@pytest.mark.parametrize("value", [(True, 2), (1.0, 2)], ids=str)
+def test_equal_numbers_of_other_types_are_another_question(value):
+    right = attention(Q, K, V, kv_len=(1, 2))
+    if isinstance(value[0], float):
+        refused(TypeError, "kv_len must be", kv_len=value)
+    else:
+        np.testing.assert_array_equal(attention(Q, K, V, kv_len=value), right)
+    np.testing.assert_array_equal(attention(Q, K, V, kv_len=(1, 2)), right)
 
 
 @pytest.mark.parametrize("name", ["kv_len", "q_start"])

@@ -8,7 +8,7 @@ import pytest
 from checks import assert_same_bits, bits, normal
 from numpy.lib.stride_tricks import as_strided
 
-from flashcpu import attention, kvcache
+from flashcpu import attention, kvcache, plan, problem
 from flashcpu.kvcache import KVCache
 
 NAN = float("nan")
@@ -366,6 +366,8 @@ def test_a_failed_append_changes_nothing(rng):
         (k.astype(np.float16), v, 1, TypeError, "k has dtype float16, the cache stores float32"),
         (k.astype(int), v, 1, TypeError, "k has dtype int64, the cache stores float32"),
         (np.ma.masked_array(k), v, 1, TypeError, "k is a masked array"),
+        (k, [[1.0], [1.0, 2.0]], 1, ValueError, "v is not an array"),
+        (k, v, np.ma.array([1, 3], mask=[0, 1]), TypeError, "count is a masked array"),
     ):
         failing(cache, error, match, "append", new_k, new_v, count)
     cache.append(k, v, [10, 20])  # what just fits
@@ -427,9 +429,9 @@ def test_attend_needs_queries_that_fit(rng):
     with pytest.raises(ValueError, match="member 1 has 5 positions, fewer than its 20 causal"):
         cache.attend(q)
     for wrong in (q[:1], q[..., :9], q[0]):
-        with pytest.raises(ValueError, match=r"q must be .* = \(2, Hq, Lq, 16\), got"):
+        with pytest.raises(ValueError, match=r"q must be .* = \(2, a multiple of 2, Lq, 16\), got"):
             cache.attend(wrong)
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(ValueError, match=r"a multiple of 2, .* got \(2, 3, 20, 16\)"):
         cache.attend(q[:, :3], count=[20, 5])
     with pytest.raises(TypeError):
         cache.attend(q.astype(np.float64), count=[20, 5])
@@ -451,14 +453,22 @@ def test_attend_needs_queries_that_fit(rng):
         ((1, 1, 8), {"capacity": 0}, ValueError, "capacity must be at least 1"),
         ((1, 1, 8), {"window": 0}, ValueError, "window must be at least 1"),
         ((1, 1, 8), {"window": 5, "capacity": 9}, ValueError, "capacity 9, window 5"),
-        ((1, 1, 8), {"dtype": np.int8}, TypeError, "got int8"),
-        ((1, 1, 8), {"dtype": np.complex64}, TypeError, "got complex64"),
+        ((1, 1, 8), {"dtype": np.int8}, TypeError, "dtype must be one of .* got .*int8"),
+        ((1, 1, 8), {"dtype": "c8"}, TypeError, "dtype must be one of .* got 'c8'"),
+        ((1, 1, 8), {"dtype": "fp16"}, TypeError, "dtype must be one of .* got 'fp16'"),
+        ((1, 1, 8), {"dtype": 5}, TypeError, "dtype must be one of .* got 5"),
         ((1, 1, 8), {"capacity": 2**58}, MemoryError, "no memory"),
     ],
 )
 def test_a_cache_that_cannot_be(arguments, options, error, match):
     with pytest.raises(error, match=match):
         KVCache(*arguments, **options)
+
+
+def test_the_dtype_of_a_cache_may_be_named_in_any_way():
+    for name in ("half", "f2", ">f2", np.float16, np.dtype(np.float16)):
+        assert KVCache(1, 1, 8, dtype=name).dtype == np.float16
+    assert KVCache(1, 1, 8, dtype=None).dtype == KVCache(1, 1, 8).dtype == np.float32
 
 
 # Window
@@ -593,6 +603,46 @@ def test_several_causal_queries_of_members_of_different_lengths(rng):
     assert_same_bits(out, before)
 
 
+@pytest.mark.parametrize("count", [None, 0])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"threads": -1}, ValueError),
+        ({"scale": "a"}, TypeError),
+        ({"tiles": 3}, TypeError),
+        ({"causal": "yes"}, TypeError),
+        ({"return_lse": 1}, TypeError),
+        ({"out": np.zeros((2, 1, 3, 9))}, TypeError),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_kind_whatever_is_left_to_do(window, count, options, error, rng):
+    q, k, v = sequence(rng, 2, 1, 1, 10)
+    cache = filled(k, v, window=window)
+    with pytest.raises(error, match=next(iter(options))):
+        cache.attend(q[:, :, :3], count=count, **options)
+
+
+def test_members_of_different_lengths_are_checked_and_planned_once(rng, monkeypatch):
+    """For all layers of a model: each asks what the one before it asked."""
+    q, k, v = sequence(rng, 3, 2, 1, 20)
+    layers = [filled(k, v) for _ in range(4)]
+    made = []
+    for module, name in ((plan, "cut"), (problem, "of")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, f=original: made.append(f.__name__) or f(*args)
+        )
+    for _ in range(2):
+        made.clear()
+        for layer in layers:
+            layer.append(k[:, :, :2], v[:, :, :2], [2, 1, 0])
+            layer.attend(q[:, :, :2], count=[2, 1, 0])
+        assert sorted(made) == ["cut", "of"]
+
+
+@pytest.mark.usefixtures("isa")
 def test_queries_whose_window_was_dropped_are_an_error(rng):
     q, k, v = sequence(rng, 1, 2, 2, 300)
     cache = KVCache(1, 2, 16, 9, window=30)
@@ -634,6 +684,7 @@ def test_going_back_beyond_what_was_dropped_changes_nothing(rng):
     least = int(cache.start[0]) + 20
     failing(cache, ValueError, "member 0 cannot go back to 50 positions", "truncate", [50, 5])
     failing(cache, ValueError, f"to {least - 1} positions", "truncate", [least - 1, 5])
+    failing(cache, ValueError, "to 3 positions: the window .* begins at 0, ", "truncate", [3, 3])
     cache.truncate([least, 5])
     cache.truncate([0, 5])  # a member starts anew
     assert cache.start.tolist() == [0, 0]
@@ -652,7 +703,14 @@ def test_a_long_append_is_held_whole_and_given_back_later(rng):
     assert cache.capacity == 2 * (10 + 100)
     fixed = KVCache(1, 1, 16, 9, window=10, capacity=100)
     fixed.append(k[:, :, :90], v[:, :, :90])
-    failing(fixed, ValueError, "101 positions to hold", "append", k[:, :, :91], v[:, :, :91])
+    failing(
+        fixed,
+        ValueError,
+        "101 positions to hold, beyond the capacity 100; 90 at once always fit",
+        "append",
+        k[:, :, :91],
+        v[:, :, :91],
+    )
     fixed.append(k[:, :, :90], v[:, :, :90])
     assert fixed.start.tolist() == [80]
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -396,6 +397,29 @@ def test_extra_memory_of_a_decode_step_does_not_grow_with_the_keys(n):
     assert grown <= (n + 1) << 20
 
 
+@pytest.mark.parametrize("last", [">f4", "<f4"], ids=["other byte order", "reversed"])
+def test_a_copy_is_of_what_is_read_and_of_no_repetition(last, rng):
+    """40,000 keys of which 10 are asked for; 200 members that share 1000."""
+    many = np.ones((40_000, 32), last)[:, :: 1 if last == ">f4" else -1]
+    shared = np.broadcast_to(many[:1000], (200, 1000, 32))
+    q = np.ones((200, 1, 32), np.float32)
+    calls = (
+        lambda: attention(q[0], many, many, kv_len=10),
+        lambda: attention(q, shared, shared, kv_len=(10, *[1000] * 199)),
+        lambda: attention(q, shared, shared),
+    )
+    for call in calls:
+        call()
+        tracemalloc.start()
+        try:
+            out = call()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert (out == 1).all()
+        assert peak < 1 << 20
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
 def test_scratch_that_cannot_be_had_is_a_memory_error():
     """And the next call is right. A workspace is about 1 GiB here; the result takes 64 MiB."""
@@ -460,13 +484,17 @@ def test_nothing_beside_the_arrays_is_touched():
                             out = guarded(np.zeros((Lq, Dv), dtype), at_end)
                             attention(*inputs, causal=True, out=out)
                             assert (out == expected).all()
-                            # Keys from kv_len on may not even be there.
-                            longer = [
-                                np.lib.stride_tricks.as_strided(x, (Lkv + 999, x.shape[1]))
-                                for x in inputs[1:]
-                            ]
-                            attention(inputs[0], *longer, kv_len=Lkv, causal=True, out=out)
-                            assert (out == expected).all()
+                            # Keys from kv_len on may not even be there, also where what the
+                            # kernels cannot read is copied.
+                            for way in (1, -1):
+                                turned = [guarded(x[:, ::way], at_end) for x in (k, v)]
+                                longer = [
+                                    np.lib.stride_tricks.as_strided(x, (Lkv + 999, x.shape[1]))
+                                    for x in turned
+                                ]
+                                longer = [x[:, ::way] for x in longer]
+                                attention(inputs[0], *longer, kv_len=Lkv, causal=True, out=out)
+                                assert (out == expected).all()
         print("fine", flush=True)
         os._exit(0)  # the maps have views, and cannot be closed
         """
@@ -621,11 +649,12 @@ def test_a_small_question_is_planned_once(monkeypatch, rng):
     for other in set(machine.ISAS) - {machine.isa()}:
         with machine.use_isa(other):
             assert plans(q, k) == 1
-    # What differs between members, and what is large, is not kept: many rows, heads, members, keys.
+    few = np.broadcast_to(q, (3, *q.shape[1:])), np.broadcast_to(k, (3, *k.shape[1:]))
+    assert plans(*few, kv_len=[100, 50, 7]) == 1
+    assert plans(*few, kv_len=np.array([[100, 50, 8]])[0], q_start=(1, 2, 3)) == 1
+    # What is large is not kept: many rows, heads, members, keys.
     for shape in ((1, 250, 1, 1), (250, 1, 1, 1)):
         few = np.ones(shape)
         assert plans(few, few) == 2
     assert plans(np.ones((1, 4)), np.broadcast_to(np.ones(4), (plan.REMEMBERED_KEYS, 4))) == 2
-    many = np.broadcast_to(q, (3, *q.shape[1:])), np.broadcast_to(k, (3, *k.shape[1:]))
-    assert plans(*many, kv_len=[100, 50, 7]) == 2
     assert plans(np.zeros((1, 1, plan.REMEMBERED, 1)), np.zeros((1, 1, 1, 1))) == 2
