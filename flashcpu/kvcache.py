@@ -499,9 +499,10 @@ class KVCache:
 
 
 def _dtype_to_store(dtype):
-    """The dtype in the byte order of this machine."""
+    """The one dtype object of that type, in the byte order of this machine: `attention` knows an
+    array again by it."""
     try:
-        found = np.dtype(dtype).newbyteorder("=")
+        found = np.dtype(np.dtype(dtype).type)
     except TypeError:
         found = None
     if found is None or found.name not in STORED:
