@@ -23,7 +23,6 @@ is timed and checked.
 
 import argparse
 import json
-import re
 import sys
 import time
 from functools import cache
@@ -41,6 +40,8 @@ from measure import (
     facts,
     find_truth,
     fma_rate,
+    matching,
+    positive,
     read_rate,
     seconds_per_call,
     seconds_per_cold_call,
@@ -326,21 +327,36 @@ def missing(packages):
     return None
 
 
+def rows_matching(pattern):
+    return matching(
+        pattern,
+        [
+            (f"{row.name} {row.case.shape}", row)
+            for row in ROWS
+            if not any(kind in row.name and kind not in pattern for kind in ON_DEMAND)
+        ],
+    )
+
+
+def thread_counts(text):
+    return [positive(each) for each in text.split(",")]
+
+
 def arguments():
     most = cores.usable_cores()
     usable = "1,2" if most > 1 else "1"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="", metavar="PATTERN", help="regular expression")
-    parser.add_argument("--threads", default=usable, help=f"numbers of threads ({usable})")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peers", default="", help=f"of {','.join(PEERS)}")
-    parser.add_argument("--json", metavar="FILE", help="write every figure of every round")
-    parser.add_argument("--quick", action="store_true", help="two rounds, and shorter ones")
-    parser.add_argument("--markdown", action="store_true", help="the table for the README")
+    add = parser.add_argument
+    add("--rows", type=rows_matching, default="", metavar="PATTERN", help="regular expression")
+    add("--threads", type=thread_counts, default=usable, help=f"numbers of threads ({usable})")
+    add("--rounds", type=positive, default=7)
+    add("--peers", default="", help=f"of {','.join(PEERS)}")
+    add("--json", metavar="FILE", help="write every figure of every round")
+    add("--quick", action="store_true", help="two rounds, and shorter ones")
+    add("--markdown", action="store_true", help="the table for the README")
     asked = parser.parse_args()
-    asked.threads = [int(count) for count in asked.threads.split(",")]
     asked.peers = [name for name in asked.peers.split(",") if name]
-    if not all(1 <= count <= most for count in asked.threads):
+    if max(asked.threads) > most:
         parser.error(f"--threads: this process has {most} cores")
     for name in set(asked.peers) - set(PEERS):
         parser.error(f"--peers: no {name!r}, there are {', '.join(PEERS)}")
@@ -368,11 +384,7 @@ def main():
     print(f"{found['cpu']}, {found['isa']}, compiler {found['compiler']}, commit {found['commit']}")
     print(f"NumPy {np.__version__} with {blas}; median of {rounds} rounds\n")
     table, results = Table(columns(names), asked.markdown), []
-    for row in ROWS:
-        if not re.search(asked.rows, f"{row.name} {row.case.shape}"):
-            continue
-        if any(kind in row.name and kind not in asked.rows for kind in ON_DEMAND):
-            continue
+    for row in asked.rows:
         if row.isa and (row.isa == machine.isa() or row.isa not in machine.ISAS):
             continue
         if row.case.dtype == "bf16" and missing(["ml_dtypes"]):

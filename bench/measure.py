@@ -3,9 +3,11 @@
 Nothing here compares anything; compare.py and tiles.py do.
 """
 
+import argparse
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +34,25 @@ SAMPLE = 50
 # NumPy's too, show up to 20 on these inputs; one key of 2048 left out shows a million. Where 16
 # bits are stored, rounding a right result is up to 0.5, and a P rounded to 16 bits some 2.
 TOLERANCE = {"f64": 100, "f32": 100, "f16": 4, "bf16": 4}
+
+
+def positive(text):
+    """For argparse: a number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1 on is needed, got {text!r}")
+    return int(text)
+
+
+def matching(pattern, named):
+    """For argparse: of the (name, item) pairs, the items whose names the pattern matches."""
+    try:
+        found = [item for name, item in named if re.search(pattern, name)]
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{pattern!r} is no regular expression: {error}") from None
+    if not found:
+        names = "; ".join(sorted({name for name, _ in named}))
+        raise argparse.ArgumentTypeError(f"{pattern!r} matches none of: {names}")
+    return found
 
 
 class Case(NamedTuple):

@@ -10,12 +10,21 @@ checked before anything is timed.
 """
 
 import argparse
-import re
 from functools import partial
 from statistics import median
 
 import numpy as np
-from measure import Case, Table, facts, find_truth, fma_rate, seconds_per_call, worst_error
+from measure import (
+    Case,
+    Table,
+    facts,
+    find_truth,
+    fma_rate,
+    matching,
+    positive,
+    seconds_per_call,
+    worst_error,
+)
 
 from flashcpu import attention, machine, plan, problem
 
@@ -83,19 +92,23 @@ def show(case, all_strips, all_keys, rounds):
         table.line(cells)
 
 
+def cases_matching(pattern):
+    return matching(pattern, [(f"{case.dtype} {case.shape}", case) for case in CASES])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default="", metavar="PATTERN", help="regular expression")
-    parser.add_argument("--strips", type=int, nargs="+", default=STRIPS, help="Tq, in strips")
-    parser.add_argument("--keys", type=int, nargs="+", default=KEYS, help="Tk")
-    parser.add_argument("--rounds", type=int, default=3)
+    add = parser.add_argument
+    add("--cases", type=cases_matching, default="", metavar="PATTERN", help="regular expression")
+    add("--strips", type=positive, nargs="+", default=STRIPS, help="Tq, in strips")
+    add("--keys", type=positive, nargs="+", default=KEYS, help="Tk")
+    add("--rounds", type=positive, default=3)
     asked = parser.parse_args()
 
     found = facts()
     print(f"{found['cpu']}, {found['isa']}, compiler {found['compiler']}, commit {found['commit']}")
-    for case in CASES:
-        if re.search(asked.cases, f"{case.dtype} {case.shape}"):
-            show(case, asked.strips, asked.keys, asked.rounds)
+    for case in asked.cases:
+        show(case, asked.strips, asked.keys, asked.rounds)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def options():
         (given.text, "the text is empty"),
         (given.tokens >= 1, "--tokens must be 1 or more"),
         (given.chunk >= 1, "--chunk must be 1 or more"),
-        (0 <= given.temperature < math.inf, "--temperature must be 0 or more"),
+        (0 <= given.temperature < math.inf, "--temperature must be 0 or more, and finite"),
         (0 < given.top_p <= 1, "--top-p must be above 0, and 1 at most"),
         (given.seed is None or given.seed >= 0, "--seed must be 0 or more"),
         (drawn or given.top_p == 1, "--top-p needs a --temperature above 0"),
