@@ -43,12 +43,13 @@ def attention(
     Parameters
     ----------
     q : (..., Hq, Lq, D) array, float64, float32, float16 or bfloat16
-        Queries. Also (B, Lq, D) and (Lq, D), without heads. bfloat16 is the dtype of ml_dtypes.
-        16-bit numbers are computed with in float32, and the result is rounded once. Where the
-        CPU has dot products of bfloat16 and all of q, k and v are bfloat16, they are used: then
-        weights are rounded to bfloat16 too, the lse within 2**-9 is that of the rounded ones,
-        numbers below 2**-126 count as 0 and such products may, and scores from 2**100 on may count
-        as infinite.
+        Queries. Where none of q, k and v has more than 3 axes also (B, Lq, D) and (Lq, D), without
+        heads; else axes are missing in front, as NumPy broadcasts. bfloat16 is the dtype of
+        ml_dtypes. 16-bit numbers are computed with in float32, and the result is rounded once.
+        Where the CPU has dot products of bfloat16 and all of q, k and v are bfloat16, they are
+        used: then weights are rounded to bfloat16 too, the lse within 2**-9 is that of the rounded
+        ones, numbers below 2**-126 count as 0 and such products may, and scores from 2**100 on may
+        count as infinite.
     k : (..., Hkv, Lkv, D) array, of the dtype of q; of 16 bits also with q float32
         Keys. Hq must be a multiple of Hkv; consecutive groups of Hq / Hkv query heads share a KV
         head.
@@ -113,6 +114,9 @@ def attention(
     -----
     NaN in a key or value reaches the rows that see it, and no others; a score of +inf gives NaN. A
     row whose scores are all -inf counts as one that sees no key.
+    Scores of 2**127 or more (float64: 2**1023), a query times the scale beyond the arithmetic, and
+    values of 2**128 / Lkv or more (2**1024 / Lkv) may count as infinite, and give NaN: weighted
+    values are summed before they are divided by the sum of the weights.
     Weights below 2**-126 (float64: 2**-1022) of the row's largest count as 0.
 
     References
