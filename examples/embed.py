@@ -93,6 +93,7 @@ def forward(config, weights, ids, kv_len, attention):
     """
     B, L = ids.shape
     H = config["num_attention_heads"]
+    lengths = tuple(map(int, kv_len))  # a tuple: what is asked is known again in the next layer
 
     def linear(name, x):  # (B, L, in) -> (B, L, out)
         return x @ weights[name + ".weight"].T + weights[name + ".bias"]
@@ -114,7 +115,7 @@ def forward(config, weights, ids, kv_len, attention):
         q = split_heads(linear(layer + "attention.self.query", x))
         k = split_heads(linear(layer + "attention.self.key", x))
         v = split_heads(linear(layer + "attention.self.value", x))
-        a = attention(q, k, v, kv_len=kv_len)  # (B, H, L, D)
+        a = attention(q, k, v, kv_len=lengths)  # (B, H, L, D)
         a = a.transpose(0, 2, 1, 3).reshape(B, L, -1)  # (B, L, C)
         a = linear(layer + "attention.output.dense", a)
         x = normalize(layer + "attention.output.LayerNorm", x + a)
@@ -135,7 +136,7 @@ def numpy_attention(q, k, v, *, kv_len):
     """The same attention as NumPy users write it: q, k, v (B, H, L, D), scores (B, H, L, L)."""
     scores = q @ k.swapaxes(-1, -2)
     scores *= 1 / math.sqrt(q.shape[-1])
-    behind_the_end = np.arange(k.shape[-2]) >= kv_len[:, None, None, None]  # (B, 1, 1, L)
+    behind_the_end = np.arange(k.shape[-2]) >= np.reshape(kv_len, (-1, 1, 1, 1))  # (B, 1, 1, L)
     np.copyto(scores, -np.inf, where=behind_the_end)
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -188,7 +189,7 @@ def main():
     q, _, _, kv_len, _ = calls[0]
     error = max(abs(out - numpy_attention(*qkv, kv_len=n)).max() for *qkv, n, out in calls)
     ours, numpys = time_attention([flashcpu.attention, numpy_attention], calls)
-    print(f"\n{len(calls)} layers, (B, H, L, D) = {q.shape}, lengths {kv_len.tolist()}")
+    print(f"\n{len(calls)} layers, (B, H, L, D) = {q.shape}, lengths {list(kv_len)}")
     print(f"attention by flashcpu  {1e3 * ours:9.3f} ms")
     print(f"attention by NumPy     {1e3 * numpys:9.3f} ms, {numpys / ours:.1f} times as long")
     print(f"largest difference     {error:9.1e}")

@@ -75,7 +75,8 @@ def attention(
 
     kv_len : int or (B,) integers, default Lkv
         How many keys each member of the batch has; keys and values from there on are never read.
-        B stands for the broadcast leading axes.
+        B stands for the broadcast leading axes. A tuple is known again at the next call, as of the
+        next layer; a list or an array is checked each time.
     q_start : int or (B,) integers, default kv_len - Lq
         Position of the first query. The default is that of a KV cache: the last query sees
         all keys. Without causal it has no effect.
