@@ -328,14 +328,12 @@ def missing(packages):
 
 
 def rows_matching(pattern):
-    return matching(
-        pattern,
-        [
-            (f"{row.name} {row.case.shape}", row)
-            for row in ROWS
-            if not any(kind in row.name and kind not in pattern for kind in ON_DEMAND)
-        ],
-    )
+    unasked = tuple(kind for kind in ON_DEMAND if kind not in pattern)
+    rows = matching(pattern, [(f"{row.name} {row.case.shape}", row) for row in ROWS])
+    rows = [row for row in rows if not row.name.startswith(unasked)]
+    if not rows:
+        raise argparse.ArgumentTypeError(f"{pattern!r} needs the word: {', '.join(unasked)}")
+    return rows
 
 
 def thread_counts(text):

@@ -157,6 +157,7 @@ def attention(
     lse = np.empty(asked.lse_shape, asked.lse_dtype) if return_lse else None
 
     if 0 in asked.lse_shape:
+        result = result if out is None else out
         return (result, lse) if return_lse else result
 
     most = threading_.limit(known.threads) if known.is_worth_threads else 1
@@ -208,7 +209,8 @@ def understand(q, k, v, *options):
     far = problem.FARTHEST
     kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
     q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
-    if not all(map(problem.is_readable, (q, k, v))):
+    is_read_there = all(map(problem.is_readable, (q, k, v)))
+    if not is_read_there:
         # What stands behind kv_len is not read, by a copy neither.
         keys = kv_len if isinstance(kv_len, int) else max(kv_len)
         q, k, v = map(problem.readable, (q, k[..., :keys, :], v[..., :keys, :]))
@@ -223,7 +225,7 @@ def understand(q, k, v, *options):
         prepare_once if plan.is_small(asked, kv_len) else prepare,
         plan.is_worth_threads(asked, kv_len),
     )
-    if all(map(is_constant, options)):
+    if is_read_there and all(map(is_constant, options)):  # what is copied is never known again
         _known = (known, *_known[: KINDS - 1])
     return q, k, v, known
 

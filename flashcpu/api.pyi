@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, overload
+from typing import Any, Literal, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +17,7 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: SupportsFloat | None = None,
+    scale: float | np.floating[Any] | np.integer[Any] | None = None,
     causal: bool | np.bool_ = False,
     window: None = None,
     mask: None = None,
@@ -37,7 +37,7 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: SupportsFloat | None = None,
+    scale: float | np.floating[Any] | np.integer[Any] | None = None,
     causal: bool | np.bool_ = False,
     window: None = None,
     mask: None = None,
@@ -57,7 +57,7 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: SupportsFloat | None = None,
+    scale: float | np.floating[Any] | np.integer[Any] | None = None,
     causal: bool | np.bool_ = False,
     window: None = None,
     mask: None = None,

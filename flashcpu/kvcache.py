@@ -348,7 +348,7 @@ class KVCache:
                 **options,
             )
         # Queries that see different windows, a call each: attention hides keys only at the end.
-        q = problem.operand(q, "q")
+        q = problem.readable(problem.operand(q, "q"))
         asked = problem.of(q, self._k, self._v, problem.scale_factor(scale), causal)
         return_lse = problem.flag(return_lse, "return_lse")
         problem.thread_count(threads)
@@ -507,7 +507,8 @@ def _dtype_to_store(dtype):
         found = None
     if found is None or found.name not in STORED:
         raise TypeError(
-            f"dtype must be one of {', '.join(STORED)} (that of ml_dtypes); got {dtype!r}"
+            f"dtype must be one of {', '.join(STORED)}, the second one as ml_dtypes.bfloat16; "
+            f"got {dtype!r}"
         )
     return found
 

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsFloat, SupportsIndex, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -43,7 +43,7 @@ class KVCache:
         *,
         count: ArrayLike | None = None,
         causal: bool | np.bool_ = True,
-        scale: SupportsFloat | None = None,
+        scale: float | np.floating[Any] | np.integer[Any] | None = None,
         return_lse: Literal[False] = False,
         out: NDArray[Any] | None = None,
         threads: SupportsIndex | None = None,
@@ -56,7 +56,7 @@ class KVCache:
         *,
         count: ArrayLike | None = None,
         causal: bool | np.bool_ = True,
-        scale: SupportsFloat | None = None,
+        scale: float | np.floating[Any] | np.integer[Any] | None = None,
         return_lse: Literal[True],
         out: NDArray[Any] | None = None,
         threads: SupportsIndex | None = None,
@@ -69,7 +69,7 @@ class KVCache:
         *,
         count: ArrayLike | None = None,
         causal: bool | np.bool_ = True,
-        scale: SupportsFloat | None = None,
+        scale: float | np.floating[Any] | np.integer[Any] | None = None,
         return_lse: bool | np.bool_,
         out: NDArray[Any] | None = None,
         threads: SupportsIndex | None = None,

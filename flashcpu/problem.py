@@ -26,6 +26,7 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 NAMES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # What may be given as an integer or a truth; made once, for `|` takes longer than the question.
 INTEGERS, TRUTHS = int | np.integer, bool | np.bool_
+NO_INTEGERS = bool | np.timedelta64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -106,9 +107,11 @@ def readable(array):
     """The array as the kernels can read it: itself, or one copy where its memory does not allow."""
     if is_readable(array):
         return array
+    # The one dtype object of a type, by which questions are known again (_question.pyx).
+    dtype = array.dtype if array.dtype.isnative else np.dtype(array.dtype.type)
     # Broadcast axes stay so: one copy of what is there, not one of every repetition.
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-1])
-    return np.broadcast_to(array[once].astype(array.dtype.newbyteorder("="), "C"), array.shape)
+    return np.broadcast_to(np.array(array[once], dtype, order="C"), array.shape)
 
 
 def unit_last_stride(array):
@@ -274,13 +277,17 @@ def _integers(value, name):
         array = np.asarray(value)
     except ValueError:
         array = None
-    if array is None or (array.dtype.kind not in "iu" and not all(map(_is_integer, array.flat))):
+    if array is not None and array.dtype == object and all(map(_is_integer, array.flat)):
+        # Some are beyond 64 bits. As Python's own, they can be compared whatever their types.
+        return np.array([int(each) for each in array.flat], object).reshape(array.shape)
+    if array is None or (array.dtype.kind not in "iu" and array.size):
         raise TypeError(f"{name} must be an int or integers, one a batch member, got {value!r}")
     return array
 
 
 def _is_integer(value):
-    return isinstance(value, INTEGERS) and not isinstance(value, bool)
+    """A timedelta64 is a np.integer too, and a bool an int."""
+    return isinstance(value, INTEGERS) and not isinstance(value, NO_INTEGERS)
 
 
 def thread_count(threads):

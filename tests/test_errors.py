@@ -178,10 +178,37 @@ def test_kv_len_must_be_within_the_keys(value):
 
 @pytest.mark.parametrize("name", ["kv_len", "q_start"])
 @pytest.mark.parametrize(
-    "value", [3.0, True, "3", [1.0, 2.0], np.ones(2, bool), {}, [None, 1], 1j], ids=str
+    "value",
+    [
+        3.0,
+        True,
+        "3",
+        [1.0, 2.0],
+        np.ones(2, bool),
+        {},
+        [None, 1],
+        1j,
+        np.timedelta64(3, "s"),
+        np.array([1, 2], "m8[ns]"),
+        np.array([1, True], object),
+    ],
+    ids=str,
 )
 def test_numbers_of_keys_and_positions_must_be_integers(name, value):
     refused(TypeError, f"{name} must be an int or integers", **{name: value})
+
+
+@pytest.mark.parametrize("numbers", [(5, 3), (5, 5)], ids=str)
+def test_numbers_of_keys_may_be_integers_of_any_type(numbers):
+    expected = attention(Q, K, V, kv_len=numbers)
+    for value in (
+        list(numbers),
+        np.array(numbers, ">u2"),
+        np.array([*map(np.uint8, numbers)], object),
+        (np.int8(numbers[0]), numbers[1]),
+    ):
+        np.testing.assert_array_equal(attention(Q, K, V, kv_len=value), expected)
+    assert attention(Q[:0], K[:0], V[:0], kv_len=[]).shape == (0, 5, 3)
 
 
 @pytest.mark.parametrize("name", ["kv_len", "q_start"])
@@ -321,6 +348,11 @@ def test_results_that_no_address_space_holds(shapes):
     seen = re.escape("got q {}, k {}, v {}".format(*shapes))
     with pytest.raises((ValueError, MemoryError), match=seen):
         attention(q, k, v)
+
+
+def test_an_empty_result_is_written_where_it_is_asked_for():
+    for out in (np.empty((2, 0, 3), F32), np.empty((2, 0, 3), F32)[..., ::-1]):
+        assert attention(Q[:, :0], K, V, out=out) is out
 
 
 def test_a_refused_call_leaves_the_next_one_right():

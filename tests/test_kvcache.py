@@ -624,6 +624,21 @@ def test_options_of_the_wrong_kind_whatever_is_left_to_do(window, count, options
         cache.attend(q[:, :, :3], count=count, **options)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_queries_in_the_other_byte_order(window, rng):
+    q, k, v = sequence(rng, 2, 1, 1, 10)
+    cache = KVCache(2, 1, 16, 9, window=window)
+    cache.append(k, v, [10, 9])
+    expected = cache.attend(q[:, :, :3])
+    swapped = q[:, :, :3].astype(">f4")
+    assert cache.attend(swapped).dtype == np.float32
+    out = np.empty_like(expected)
+    assert cache.attend(swapped, out=out) is out
+    assert_same_bits(out, expected)
+    with pytest.raises(TypeError, match="out has dtype >f4"):
+        cache.attend(swapped, out=out.astype(">f4"))
+
+
 def test_members_of_different_lengths_are_checked_and_planned_once(rng, monkeypatch):
     """For all layers of a model: each asks what the one before it asked."""
     q, k, v = sequence(rng, 3, 2, 1, 20)
@@ -642,7 +657,6 @@ def test_members_of_different_lengths_are_checked_and_planned_once(rng, monkeypa
         assert sorted(made) == ["cut", "of"]
 
 
-@pytest.mark.usefixtures("isa")
 def test_queries_whose_window_was_dropped_are_an_error(rng):
     q, k, v = sequence(rng, 1, 2, 2, 300)
     cache = KVCache(1, 2, 16, 9, window=30)

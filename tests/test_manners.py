@@ -624,6 +624,12 @@ def test_a_question_asked_again_is_not_checked_again(monkeypatch, rng):
         assert not checked
         assert_same_bits(attention(misaligned(q), k, v, **again), first)
         assert checked  # for it must be copied
+    checked.clear()
+    result = attention(q[..., ::-1], k, v)  # copied, and its result is an array as any other
+    attention(q, k, v)
+    checked.clear()
+    attention(result, k, v)
+    assert not checked
 
 
 def test_a_small_question_is_planned_once(monkeypatch, rng):
