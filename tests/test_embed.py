@@ -107,8 +107,8 @@ def test_attention_of_a_sentence_is_the_same_bits_alone_and_in_a_padded_batch(em
     assert len(calls) == 6
     for q, k, v, kv_len, out in calls:
         assert q.strides[1] < q.strides[2]  # heads lie side by side: a view of (B, L, H*D)
-        assert kv_len.min() == 3  # [CLS] hello [SEP]
-        assert kv_len.max() > 64  # more than one block of keys
+        assert min(kv_len) == 3  # [CLS] hello [SEP]
+        assert max(kv_len) > 64  # more than one block of keys
         for b, n in enumerate(kv_len):
             member = np.s_[b : b + 1, :, :n]
             alone = flashcpu.attention(q[member], k[member], v[member])
