@@ -209,11 +209,11 @@ def understand(q, k, v, *options):
     far = problem.FARTHEST
     kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
     q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
+    longest = kv_len if isinstance(kv_len, int) else max(kv_len)
     is_read_there = all(map(problem.is_readable, (q, k, v)))
     if not is_read_there:
         # What stands behind kv_len is not read, by a copy neither.
-        keys = kv_len if isinstance(kv_len, int) else max(kv_len)
-        q, k, v = map(problem.readable, (q, k[..., :keys, :], v[..., :keys, :]))
+        q, k, v = map(problem.readable, (q, k[..., :longest, :], v[..., :longest, :]))
         asked = problem.of(q, k, v, factor, causal)
     known = Known(
         Question(q, k, v, options),
@@ -222,7 +222,7 @@ def understand(q, k, v, *options):
         q_start,
         problem.tile_sizes(tiles),
         problem.thread_count(threads),
-        prepare_once if plan.is_small(asked, kv_len) else prepare,
+        prepare_once if plan.is_small(asked, longest) else prepare,
         plan.is_worth_threads(asked, kv_len),
     )
     if is_read_there and all(map(is_constant, options)):  # what is copied is never known again

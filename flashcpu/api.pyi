@@ -9,6 +9,9 @@ from flashcpu.problem import Problem
 
 # float64, float32, float16, or the bfloat16 of ml_dtypes.
 Result: TypeAlias = NDArray[Any]
+Flag: TypeAlias = bool | np.bool_
+Scale: TypeAlias = float | np.floating[Any] | np.integer[Any] | None
+Tiles: TypeAlias = Sequence[SupportsIndex] | None
 Real: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 @overload
@@ -17,8 +20,8 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: float | np.floating[Any] | np.integer[Any] | None = None,
-    causal: bool | np.bool_ = False,
+    scale: Scale = None,
+    causal: Flag = False,
     window: None = None,
     mask: None = None,
     kv_len: ArrayLike | None = None,
@@ -29,7 +32,7 @@ def attention(
     return_lse: Literal[False] = False,
     out: NDArray[Any] | None = None,
     threads: SupportsIndex | None = None,
-    tiles: Sequence[SupportsIndex] | None = None,
+    tiles: Tiles = None,
 ) -> Result: ...
 @overload
 def attention(
@@ -37,8 +40,8 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: float | np.floating[Any] | np.integer[Any] | None = None,
-    causal: bool | np.bool_ = False,
+    scale: Scale = None,
+    causal: Flag = False,
     window: None = None,
     mask: None = None,
     kv_len: ArrayLike | None = None,
@@ -49,7 +52,7 @@ def attention(
     return_lse: Literal[True],
     out: NDArray[Any] | None = None,
     threads: SupportsIndex | None = None,
-    tiles: Sequence[SupportsIndex] | None = None,
+    tiles: Tiles = None,
 ) -> tuple[Result, Real]: ...
 @overload
 def attention(
@@ -57,8 +60,8 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    scale: float | np.floating[Any] | np.integer[Any] | None = None,
-    causal: bool | np.bool_ = False,
+    scale: Scale = None,
+    causal: Flag = False,
     window: None = None,
     mask: None = None,
     kv_len: ArrayLike | None = None,
@@ -66,10 +69,10 @@ def attention(
     softcap: None = None,
     alibi_slopes: None = None,
     sinks: None = None,
-    return_lse: bool | np.bool_,
+    return_lse: Flag,
     out: NDArray[Any] | None = None,
     threads: SupportsIndex | None = None,
-    tiles: Sequence[SupportsIndex] | None = None,
+    tiles: Tiles = None,
 ) -> Result | tuple[Result, Real]: ...
 def prepare(
     asked: Problem,

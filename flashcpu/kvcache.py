@@ -350,6 +350,7 @@ class KVCache:
         # Queries that see different windows, a call each: attention hides keys only at the end.
         q = problem.readable(problem.operand(q, "q"))
         asked = problem.of(q, self._k, self._v, problem.scale_factor(scale), causal)
+        # What a call looks at, also if there will be none.
         return_lse = problem.flag(return_lse, "return_lse")
         problem.thread_count(threads)
         problem.tile_sizes(tiles)
@@ -393,13 +394,7 @@ class KVCache:
 
     def _incoming(self, array, name):
         """An array to store: checked for its dtype, and apart from the cache's own memory."""
-        if type(array) is not np.ndarray:
-            if isinstance(array, np.ma.MaskedArray):
-                raise TypeError(f"{name} is a masked array; pass its data, and count")
-            try:
-                array = np.asarray(array)
-            except ValueError as error:
-                raise ValueError(f"{name} is not an array: {error}") from None
+        array = problem.as_array(array, name, "its data, and count")
         if array.dtype != self.dtype:
             dtype = array.dtype.newbyteorder("=")
             if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):

@@ -1,8 +1,9 @@
-from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from flashcpu.api import Flag, Real, Result, Scale, Tiles
 
 class KVCache:
     def __init__(
@@ -42,36 +43,36 @@ class KVCache:
         q: ArrayLike,
         *,
         count: ArrayLike | None = None,
-        causal: bool | np.bool_ = True,
-        scale: float | np.floating[Any] | np.integer[Any] | None = None,
+        causal: Flag = True,
+        scale: Scale = None,
         return_lse: Literal[False] = False,
         out: NDArray[Any] | None = None,
         threads: SupportsIndex | None = None,
-        tiles: Sequence[SupportsIndex] | None = None,
-    ) -> NDArray[Any]: ...
+        tiles: Tiles = None,
+    ) -> Result: ...
     @overload
     def attend(
         self,
         q: ArrayLike,
         *,
         count: ArrayLike | None = None,
-        causal: bool | np.bool_ = True,
-        scale: float | np.floating[Any] | np.integer[Any] | None = None,
+        causal: Flag = True,
+        scale: Scale = None,
         return_lse: Literal[True],
         out: NDArray[Any] | None = None,
         threads: SupportsIndex | None = None,
-        tiles: Sequence[SupportsIndex] | None = None,
-    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+        tiles: Tiles = None,
+    ) -> tuple[Result, Real]: ...
     @overload
     def attend(
         self,
         q: ArrayLike,
         *,
         count: ArrayLike | None = None,
-        causal: bool | np.bool_ = True,
-        scale: float | np.floating[Any] | np.integer[Any] | None = None,
-        return_lse: bool | np.bool_,
+        causal: Flag = True,
+        scale: Scale = None,
+        return_lse: Flag,
         out: NDArray[Any] | None = None,
         threads: SupportsIndex | None = None,
-        tiles: Sequence[SupportsIndex] | None = None,
-    ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
+        tiles: Tiles = None,
+    ) -> Result | tuple[Result, Real]: ...

@@ -101,11 +101,13 @@ class Plan(NamedTuple):
     items: np.ndarray
 
 
-def is_small(problem, kv_len):
-    """Whether a plan is worth remembering: planning would be felt, and there is little to keep."""
+def is_small(problem, longest):
+    """Whether a plan is worth remembering: planning would be felt, and there is little to keep.
+
+    longest: keys of the longest member."""
     heads = problem.members * problem.Hkv
     rows = heads * (problem.Lq * problem.group + 100)
-    keys = heads * (kv_len if isinstance(kv_len, int) else max(kv_len))
+    keys = heads * longest
     return rows < REMEMBERED and keys < REMEMBERED_KEYS
 
 

@@ -71,19 +71,26 @@ class Problem:
         return (strides[0] if len(strides) == 3 else 0, 0, strides[-2])
 
 
+def as_array(value, name, instead):
+    """What is given, as NumPy has it. A masked array would lose its mask: `instead` is what to pass
+    then."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass {instead}")
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not an array: {error}") from None
+
+
 def operand(array, name):
-    """The array that is given, as NumPy has it; nothing is copied.
+    """The array that is given; nothing is copied.
 
     Raises TypeError for other dtypes than float64, float32, float16 and bfloat16, and for masked
     arrays.
     """
-    if type(array) is not np.ndarray:
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array; pass its data, and kv_len or causal")
-        try:
-            array = np.asarray(array)
-        except ValueError as error:
-            raise ValueError(f"{name} is not an array: {error}") from None
+    array = as_array(array, name, "its data, and kv_len or causal")
     dtype = array.dtype
     # The name of the type is found faster, and of what is named otherwise the dtype's counts.
     if (
@@ -253,16 +260,15 @@ def per_member(value, name, lead, default, least, most):
     else:
         array = _integers(value, name)
         try:
-            array = np.broadcast_to(array, lead)
+            each = np.broadcast_to(array, lead)
         except ValueError:
             raise ValueError(
                 f"{name} has shape {array.shape}, which does not fit the batch {lead}"
             ) from None
-        if array.size == 0:
+        if each.size == 0:
             return default
-        each = tuple(array.ravel().tolist())
-        low, high = min(each), max(each)
-        value = low if low == high else each
+        low, high = int(array.min()), int(array.max())
+        value = low if low == high else tuple(each.ravel().tolist())
     if low < least or high > most:
         wrong = low if low < least else high
         raise ValueError(f"{name} must be between {least} and {most}, got {wrong}")
@@ -271,10 +277,8 @@ def per_member(value, name, lead, default, least, most):
 
 def _integers(value, name):
     """An array of integers, of any size."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; pass its data")
     try:
-        array = np.asarray(value)
+        array = as_array(value, name, "its data")
     except ValueError:
         array = None
     if array is not None and array.dtype == object and all(map(_is_integer, array.flat)):

@@ -350,6 +350,13 @@ def test_results_that_no_address_space_holds(shapes):
         attention(q, k, v)
 
 
+def test_one_number_of_keys_for_a_large_batch_is_one_number():
+    """No list of 2**40 lengths is made of it."""
+    q = np.broadcast_to(F32(1), (2**40, 1, 0, 4))
+    k = np.broadcast_to(F32(1), (2**40, 1, 7, 4))
+    assert attention(q, k, k, kv_len=[5]).shape == (2**40, 1, 0, 4)
+
+
 def test_an_empty_result_is_written_where_it_is_asked_for():
     for out in (np.empty((2, 0, 3), F32), np.empty((2, 0, 3), F32)[..., ::-1]):
         assert attention(Q[:, :0], K, V, out=out) is out
