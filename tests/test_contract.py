@@ -282,6 +282,12 @@ def test_what_the_kernels_can_read_is_not_copied(layout, rng):
     assert (read is x) == (layout not in COPIED)
 
 
+def test_what_is_copied_may_be_reversed_in_every_axis(rng):
+    q, k, v = normal(rng, (2, 2, 5, 20), (2, 2, 150, 20), (2, 2, 150, 20))
+    back = (np.ascontiguousarray(np.flip(x)) for x in (q, k, v))
+    assert_same_bits(attention(*map(np.flip, back)), attention(q, k, v))
+
+
 @pytest.mark.parametrize("Dv", [1, 7, 8, 15, 16, 17, 31, 32, 33, 65])
 @pytest.mark.parametrize("Lkv", [64, 333, 1100])
 def test_rows_a_page_apart_at_every_width(Lkv, Dv, arithmetic, rng):
