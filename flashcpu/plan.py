@@ -60,7 +60,8 @@ REMEMBERED_KEYS = 1 << 20
 LONG = 1024
 NEAR_SHARE = 7 / 8
 # The least share of rows that would come block by block if they were whole lines: staged, 16 rows
-# in 16 bits take 1.1 to 1.3 times as long as by lanes of keys, 32 rows 0.9 to 1.1 times.
+# in 16 bits take 1.1 to 1.3 times as long as by lanes of keys, 32 rows 0.9 to 1.1 times (Zen 4 0.9
+# to 1.1 times, and 0.7 to 0.9 times).
 STAGED_SHARE = 0.86
 # Blocks of keys from which more than one vector of rows is few: 24 and 40 rows are faster so from
 # 64 to 128 keys on.
@@ -165,7 +166,9 @@ def _few(problem, lanes, rows, keys):
     """Whether lanes are better keys than query rows; keys are those of the longest member."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
-    if vectors <= lanes.ring_v and not all(_ring(problem, lanes, vectors)):
+    ring_k, ring_v = _ring(problem, lanes, vectors)
+    in_place = problem.stored == lanes.arithmetic
+    if vectors <= lanes.ring_v and not (ring_v and (ring_k or in_place)):
         share = max(share, STAGED_SHARE)
     if keys < LONG:
         share = min(share, NEAR_SHARE)

@@ -436,6 +436,18 @@ def test_what_needs_no_staging_can_come_block_by_block_too():
         assert (planned.ring_k, planned.ring_v) == (ring_k, False)
 
 
+def test_pairs_come_block_by_block():
+    """V, which is zipped, to any strip alone, K, which is only moved, to one of one vector."""
+    lanes = LANES[0]._replace(
+        line=32, ring_k=1, ring_v=3, few_shares=(0.0,) * 4, arithmetic="bf16", step=2
+    )
+    for rows, alone in ((16, True), (17, False), (48, False)):
+        asked = replace(ask((1, 1, rows, 64), (1, 1, 100, 64)), rows="bf16", stored="bf16")
+        planned = cut(asked, lanes, threads=1)
+        assert (planned.stage_k, planned.stage_v) == (False, False)
+        assert (planned.ring_k, planned.ring_v) == (alone, True)
+
+
 def test_to_many_rows_strip_by_strip_too():
     """Where the strips of a head are items of their own."""
     lanes = LANES[0]._replace(line=32, ring_k=3, ring_v=3, few_shares=(0.0,) * 4)
@@ -477,6 +489,10 @@ def test_lanes_are_keys_where_rows_would_leave_too_many_empty():
     staged = lines._replace(line=16)  # rows are half a line
     least = plan.STAGED_SHARE
     assert few_rows(1024, staged) == up_to(least, [1, 2]) | up_to(0.5, [3, *beyond])
+    only_v = lines._replace(ring_k=1, ring_v=3)  # K of two vectors is read where it lies
+    assert few_rows(1024, only_v) == up_to(0.5, [1, 2, 3, *beyond])
+    widened = only_v._replace(arithmetic="f64")  # or staged
+    assert few_rows(1024, widened) == up_to(0.5, [1, *beyond]) | up_to(least, [2, 3])
 
 
 @every_lanes

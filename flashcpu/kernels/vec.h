@@ -319,24 +319,6 @@ INLINE vec v_unpack(vec packed, int i) {
 #endif
 }
 
-/* PARTS * W stored elements, widened exactly: element PARTS * i + part in lane i of a part. */
-#if defined(FC_BF16)
-#define PARTS 2
-INLINE vec v_widen_part(const elem *p, int part) {
-    return v_unpack(*(const vec_stored_units *)p, part);
-}
-INLINE void v_widen(const elem *p, vec x[PARTS]) {
-    vec both = *(const vec_stored_units *)p;
-    LOADED_ONCE(both);
-    x[0] = v_unpack(both, 0);
-    x[1] = v_unpack(both, 1);
-}
-#else
-#define PARTS 1
-INLINE vec v_widen_part(const elem *p, int part) { return (void)part, v_load_elems(p); }
-INLINE void v_widen(const elem *p, vec x[PARTS]) { x[0] = v_load_elems(p); }
-#endif
-
 /* f16 as 1 / FEW_POWER of what it is: exponent and mantissa where those of a float stand. Shifts go
  * beside products, where the CPU's own conversion takes their place (4 rows, D = 128: 19.7 GB/s,
  * 15.2). Infinity and NaN become numbers; then v_is_special tells so of the largest magnitude. */
@@ -486,6 +468,40 @@ INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
     return v_dot(v_splat_unit(unit), b, c);
 #endif
 }
+
+/* Units of PARTS * W stored elements, in the order of place_of_unit: of a row of K v_widen has all,
+ * of a row of V, or of the two of a pair, v_widen_part those of one part, which has PART_RUN of
+ * every PARTS * PART_RUN columns. Widened exactly, or in pairs as they are. */
+#if defined(FC_PAIRS)
+#define PARTS 2
+#define PART_RUN 4
+INLINE void v_widen(const elem *p, vec x[PARTS / STEP]) { x[0] = *(const vec_stored_units *)p; }
+INLINE vec v_widen_part(const elem *row, const elem *next, int part) {
+    vec x[2];
+    v_zip_elems(row, next, 2 * W, x);
+    return x[part];
+}
+#elif defined(FC_BF16)
+#define PARTS 2
+#define PART_RUN 1
+INLINE void v_widen(const elem *p, vec x[PARTS / STEP]) {
+    vec both = *(const vec_stored_units *)p;
+    LOADED_ONCE(both);
+    x[0] = v_unpack(both, 0);
+    x[1] = v_unpack(both, 1);
+}
+INLINE vec v_widen_part(const elem *row, const elem *next, int part) {
+    return (void)next, v_unpack(*(const vec_stored_units *)row, part);
+}
+#else
+#define PARTS 1
+#define PART_RUN 1
+INLINE void v_widen(const elem *p, vec x[PARTS / STEP]) { x[0] = v_load_elems(p); }
+INLINE vec v_widen_part(const elem *row, const elem *next, int part) {
+    return (void)next, (void)part, v_load_elems(row);
+}
+#endif
+INLINE int place_of_unit(int i) { return STEP > 1 ? i : i % PARTS * W + i / PARTS; }
 
 /* One rounding where the instruction set has FMA: the scalar twin of v_fma. */
 INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b, c) : a * b + c; }
