@@ -17,7 +17,8 @@ Q, K, V, OUT, KV_LEN, Q_START = range(6)
 
 # Largest tile: strips of query rows, and keys. Four strips share each K and V tile out of L2; two
 # blocks of keys halve the traffic of O (python bench/tiles.py; 4 x 128 was best or within 1 % in
-# f32 and f64 for D = 64 and 128).
+# f32 and f64 for D = 64 and 128). Pairs that are zipped block by block are 2 to 3 % faster in whole
+# spans: 16 to 2048 rows, a strip at a time.
 STRIPS = 4
 KEYS = 128
 # Most scores of a tile of few rows: as many spans as fit into L1 are read as one stream of K, then
@@ -33,11 +34,12 @@ SMALL = 10_000_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8
 # What it costs to bring a tile of K and V to the strips of an item, in the time of so many of its
-# query rows, and to stage it besides, or to widen it block by block. 2048 rows strip by
+# query rows, and to stage it besides, or to widen or to zip it block by block. 2048 rows strip by
 # strip beside four at once, Zen 4, D = 64 and 128: f32 96 and 102, 105 and 106 GFLOP/s; f16 94 and
-# 100, 99 and 103 (staged); bf16 in pairs 164 and 175, 178 and 191. 48 rows of f16 out of L2, on
+# 100, 99 and 103 (staged); bf16 in pairs 164 and 175, 178 and 191 (staged), block by block 1.02 and
+# 1.01 times as fast as four at once, 1.04 and 1.05 on two threads. 48 rows of f16 out of L2, on
 # Sapphire Rapids, widened block by block, take 1.04 times as long as the same in f32.
-READ, STAGE, WIDEN = 1, 4, 2
+READ, STAGE, WIDEN, ZIP = 1, 4, 2, 0
 # Items that a thread should have, so that the last one does not keep others waiting for long: two
 # threads, f16, 80 rows of 9 heads strip by strip, of 8 heads both strips at once, 1.13 times as
 # fast as 16 halves. Where keys are cut, beside 32 items, 6 of 3 KV heads (2048 keys, D = 64) 1.1 to
@@ -166,9 +168,7 @@ def _few(problem, lanes, rows, keys):
     """Whether lanes are better keys than query rows; keys are those of the longest member."""
     vectors = -(-rows // lanes.width)
     share = lanes.few_shares[min(max(vectors, 1), lanes.vectors + 1) - 1]
-    ring_k, ring_v = _ring(problem, lanes, vectors)
-    in_place = problem.stored == lanes.arithmetic
-    if vectors <= lanes.ring_v and not (ring_v and (ring_k or in_place)):
+    if vectors <= lanes.ring_v and not _streams(problem, lanes, vectors):
         share = max(share, STAGED_SHARE)
     if keys < LONG:
         share = min(share, NEAR_SHARE)
@@ -196,6 +196,12 @@ def _ring(problem, lanes, vectors):
         return 0 < vectors <= widest and length > 0 and length % lanes.line == 0
 
     return can(lanes.ring_k, problem.D), can(lanes.ring_v, problem.Dv)
+
+
+def _streams(problem, lanes, vectors):
+    """Whether a strip alone of so many vectors needs no tile widened, or zipped, before it."""
+    ring_k, ring_v = _ring(problem, lanes, vectors)
+    return ring_v and (ring_k or problem.stored == lanes.arithmetic)
 
 
 def _members(problem, out_strides, kv_len, q_start):
@@ -230,10 +236,10 @@ def _tile(problem, lanes, tiles, rows, few, staging, count, threads):
     elif tiles:
         strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
-        rings = all(_ring(problem, lanes, lanes.vectors))
-        alone = min(staging, WIDEN) if rings else staging
+        streams = _streams(problem, lanes, lanes.vectors)
+        alone = min(staging, ZIP if lanes.step > 1 else WIDEN) if streams else staging
         strips = _strips(rows, all_strips, problem.Hkv * count, alone, staging, threads)
-        keys = KEYS
+        keys = lanes.span if streams and lanes.step > 1 and strips == 1 else KEYS
     keys = -(-keys // lanes.block) * lanes.block
     if keys > lanes.span:
         most = max(SCORES // rows, lanes.span) if few else lanes.span

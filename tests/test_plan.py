@@ -448,6 +448,20 @@ def test_pairs_come_block_by_block():
         assert (planned.ring_k, planned.ring_v) == (alone, True)
 
 
+@pytest.mark.parametrize(("D", "streams"), [(64, True), (24, False)])
+def test_zipping_costs_strips_alone_nothing(D, streams):
+    """So they share no tile, and take whole spans; what is widened is dearer."""
+    pairs = LANES[0]._replace(ring_k=1, ring_v=3, arithmetic="bf16", step=2)
+    wide = LANES[0]._replace(ring_k=3, ring_v=3)
+    for lanes, stored, alone in ((pairs, "bf16", True), (wide, "f16", False)):
+        lanes = lanes._replace(line=32, few_shares=(0.0,) * 4)
+        asked = replace(ask((1, 8, 960, D), (1, 8, 1000, D)), rows=stored, stored=stored)
+        planned = cut(asked, lanes, threads=1)
+        alone = alone and streams
+        assert (planned.strips == 1) == alone
+        assert planned.keys == (256 if alone else plan.KEYS)
+
+
 def test_to_many_rows_strip_by_strip_too():
     """Where the strips of a head are items of their own."""
     lanes = LANES[0]._replace(line=32, ring_k=3, ring_v=3, few_shares=(0.0,) * 4)
