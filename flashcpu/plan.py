@@ -237,9 +237,10 @@ def _tile(problem, lanes, tiles, rows, few, staging, count, threads):
         strips, keys = min(-(-tiles[0] // strip_rows), all_strips), tiles[1]
     else:
         streams = _streams(problem, lanes, lanes.vectors)
-        alone = min(staging, ZIP if lanes.step > 1 else WIDEN) if streams else staging
+        zips = streams and lanes.step > 1
+        alone = ZIP if zips else min(staging, WIDEN) if streams else staging
         strips = _strips(rows, all_strips, problem.Hkv * count, alone, staging, threads)
-        keys = lanes.span if streams and lanes.step > 1 and strips == 1 else KEYS
+        keys = lanes.span if zips and strips == 1 else KEYS
     keys = -(-keys // lanes.block) * lanes.block
     if keys > lanes.span:
         most = max(SCORES // rows, lanes.span) if few else lanes.span
