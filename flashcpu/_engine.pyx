@@ -88,7 +88,7 @@ cdef extern from "kernels/kernels.h" nogil:
         int64_t rows_left
         const void *next_k
         const void *next_v
-        double scale, power
+        double scale
         void *qt
         void *m
         void *l
@@ -106,7 +106,6 @@ cdef extern from "kernels/kernels.h" nogil:
     struct fc_storage:
         const char *isa
         int elem_size
-        double few_power
         void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -350,7 +349,7 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     into.merged = carve(&at, state_bytes(call))
     into.spans = carve(&at, call.spans * state_bytes(call))
     memset(&strip, 0, sizeof(fc_strip))
-    strip.d, strip.dv, strip.scale, strip.power = call.d, call.dv, call.scale, call.stored.few_power
+    strip.d, strip.dv, strip.scale = call.d, call.dv, call.scale
     if call.few:
         strip.s = carve(&at, spans * call.few * FC_FEW_STRIDE(real))
     else:
@@ -358,7 +357,7 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     strip.alpha = carve(&at, blocks * lanes * real)
     strip.end = carve(&at, lanes * real)
     for i in range(call.strips):
-        strip.qt = carve(&at, bytes_for(call, (columns + step - 1) // step) + FC_ALIGN)
+        strip.qt = carve(&at, bytes_for(call, (columns + step - 1) // step))
         if base is not NULL:
             into.strips[i] = strip
     if call.stage_k:

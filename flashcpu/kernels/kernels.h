@@ -43,7 +43,6 @@ struct fc_strip {
     const void *next_k; /* what is read after the last of them, or NULL */
     const void *next_v;
     double scale;       /* of the scores, times log2 e */
-    double power;       /* what queries take besides, with few rows: few_power, where they can */
     void *qt;           /* [d][nv*W] queries, transposed, times scale * log2 e (storage.inc) */
     void *m, *l, *o;    /* [nv*W], [nv*W], [dv][nv*W]: the span that is being streamed */
     void *m0, *l0, *o0; /* the same of all spans before it, merged */
@@ -59,8 +58,7 @@ struct fc_strip {
 /* How a dtype is stored, and moved into and out of an arithmetic. */
 struct fc_storage {
     const char *dtype, *arithmetic, *isa;
-    int elem_size;    /* bytes of a stored element */
-    double few_power; /* scores_few may read K as 1 / few_power of what it is */
+    int elem_size; /* bytes of a stored element */
     /* for so many query rows the kernels for few are faster: shares of the lanes of the vectors
      * that would hold them, of one vector, two, ... a strip's, and of more; of CPUs that multiply
      * one vector of 64 bytes a cycle, and of those that do two (fc_few_shares) */

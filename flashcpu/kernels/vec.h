@@ -45,22 +45,26 @@ typedef real elem;
 #if defined(FC_AVX512)
 #include <immintrin.h>
 #define VEC_BYTES 64
-#define MR 8 /* 24 accumulators of 32 registers */
+#define REGISTERS 32
+#define MR 8 /* 24 accumulators */
 #define HAS_FMA 1
 #elif defined(FC_AVX2)
 #include <immintrin.h>
 #define VEC_BYTES 32
-#define MR 4 /* 12 accumulators of 16 registers */
+#define REGISTERS 16
+#define MR 4 /* 12 accumulators */
 #define HAS_FMA 1
 #elif defined(FC_NEON)
 #include <arm_neon.h>
 #define VEC_BYTES 16
-#define MR 8 /* 24 accumulators of 32 registers */
+#define REGISTERS 32
+#define MR 8 /* 24 accumulators */
 #define HAS_FMA 1
 #elif defined(FC_SCALAR)
 /* Four lanes in portable C; GCC lowers them to whatever the baseline has. No FMA: the bits differ
  * from those of the other instruction sets. */
 #define VEC_BYTES 16
+#define REGISTERS 16
 #define MR 4
 #define HAS_FMA 0
 #endif
@@ -258,27 +262,6 @@ typedef real piece __attribute__((vector_size(16)));
 typedef uint32_t piece_bits __attribute__((vector_size(16)));
 typedef real piece_unaligned __attribute__((vector_size(16), aligned(sizeof(elem)), may_alias));
 
-/* One piece of W / PIECE rows. */
-#define LANES ((int)(VEC_BYTES / 16))
-INLINE vec v_load_pieces(const char *const rows[LANES], ptrdiff_t at) {
-#define PIECE_AT(i) (*(const piece_unaligned *)(rows[i] + at))
-#if VEC_BYTES == 64
-    /* Two halves first: 44 GB/s out of L2 (f32, 4 rows, D = 128), 38 one after the other, 33 by
-     * masked broadcasts, 27 by whole rows and four shuffles a vector instead of two. */
-    const __m256 low =
-        _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)), (__m128)PIECE_AT(1), 1);
-    const __m256 high =
-        _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(2)), (__m128)PIECE_AT(3), 1);
-    return (vec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-#elif VEC_BYTES == 32
-    return (vec)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)),
-                                     (__m128)PIECE_AT(1), 1);
-#else
-    return PIECE_AT(0);
-#endif
-#undef PIECE_AT
-}
-
 INLINE piece v_first_piece(vec x) {
 #if VEC_BYTES == 64
     return (piece)_mm512_castps512_ps128((__m512)x);
@@ -294,64 +277,109 @@ INLINE vec v_unpack(vec packed, int i) {
 #if defined(FC_BF16)
     const vec_unsigned bits = (vec_unsigned)packed;
     return (vec)(i ? bits & 0xffff0000 : bits << 16);
-#elif defined(FC_F16) && defined(FC_AVX512)
-    const __m512i even_odd =
-        _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24,
-                         22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i apart = _mm512_permutexvar_epi16(even_odd, (__m512i)packed);
-    return _mm512_cvtph_ps(i ? _mm512_extracti64x4_epi64(apart, 1) : _mm512_castsi512_si256(apart));
-#elif defined(FC_F16) && defined(FC_AVX2)
-    const __m256i even_odd = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
-                                              0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    const __m256i apart =
-        _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)packed, even_odd), 0xd8);
-    return _mm256_cvtph_ps(i ? _mm256_extracti128_si256(apart, 1) : _mm256_castsi256_si128(apart));
-#elif defined(FC_F16)
-    elem apart[PACKED][W], both[PACKED * W];
-    memcpy(both, &packed, sizeof(both));
-    for (int j = 0; j < PACKED * W; j++) {
-        apart[j % PACKED][j / PACKED] = both[j];
-    }
-    return v_load_elems(apart[i]);
 #else
     (void)i;
     return packed;
 #endif
 }
 
-/* f16 as 1 / FEW_POWER of what it is: exponent and mantissa where those of a float stand. Shifts go
- * beside products, where the CPU's own conversion takes their place (4 rows, D = 128: 19.7 GB/s,
- * 15.2). Infinity and NaN become numbers; then v_is_special tells so of the largest magnitude. */
-#if defined(FC_F16) && VEC_BYTES > 16
-#define FEW_POWER 0x1p112f
-typedef uint16_t vec_halves __attribute__((vector_size(VEC_BYTES)));
-INLINE vec v_unpack_quickly(vec packed, int i) {
-    const vec_bits bits = (vec_bits)packed;
-    return (vec)((i ? bits : bits << 16) >> 3 & (int32_t)0x8fffe000);
-}
-INLINE vec v_larger(vec largest, vec packed) {
-    const vec_halves twice = (vec_halves)packed + (vec_halves)packed; /* without signs */
-#if VEC_BYTES == 64
-    return (vec)_mm512_max_epu16((__m512i)largest, (__m512i)twice);
+/* One piece of W keys lies in TURNED vectors, and is turned over in them, in ROUNDS, until each
+ * holds a number as large as a real of all keys: other 16 bits go there two at a time, and are
+ * widened by shifts. f16 goes by elements, for the CPU widens half a vector of elements next to
+ * each other, beside products (Zen 4, 4 rows, D = 128, cycles a line of K out of L2: 10.7; by
+ * shifts, and a maximum to find infinity and NaN, 12.3, or 10.9 in the order of scores_piece). */
+#ifdef FC_F16
+#define IS_F16 1
+#define TURNED ((int)(VEC_BYTES > 16 ? 8 : 4))
+#define TURNED_BYTES (VEC_BYTES > 16 ? VEC_BYTES / 2 : VEC_BYTES)
+typedef elem turned __attribute__((vector_size(TURNED_BYTES)));
 #else
-    return (vec)_mm256_max_epu16((__m256i)largest, (__m256i)twice);
+#define IS_F16 0
+#define TURNED PIECE
+#define TURNED_BYTES VEC_BYTES
+typedef vec turned;
 #endif
+enum { ROUNDS = TURNED == 8 ? 3 : TURNED == 4 ? 2 : 1 };
+
+/* Number i of them before the first round: the pieces of keys i, TURNED + i, 2 TURNED + i ... Rows
+ * of keys 0, PIECE, 2 PIECE ... begin at `at`, the others ld bytes apart. */
+#define LANES ((int)(VEC_BYTES / 16))
+INLINE turned v_load_pieces(const char *const at[LANES], ptrdiff_t ld, int i) {
+#define PIECE_AT(j) \
+    (*(const piece_unaligned *)(at[((j) * TURNED + i) / PIECE] + ((j) * TURNED + i) % PIECE * ld))
+#if TURNED_BYTES == 64
+    /* Two halves first: 44 GB/s out of L2 (f32, 4 rows, D = 128), 38 one after the other, 33 by
+     * masked broadcasts, 27 by whole rows and four shuffles a vector instead of two. */
+    const __m256 low =
+        _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)), (__m128)PIECE_AT(1), 1);
+    const __m256 high =
+        _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(2)), (__m128)PIECE_AT(3), 1);
+    return (turned)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif TURNED_BYTES == 32
+    return (turned)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)),
+                                        (__m128)PIECE_AT(1), 1);
+#else
+    return (turned)PIECE_AT(0);
+#endif
+#undef PIECE_AT
 }
-INLINE int v_is_special(vec largest) {
-    const vec_halves special = (vec_halves)((vec_halves)largest >= 2 * 0x7c00);
-    uint64_t parts[VEC_BYTES / 8], any = 0;
-    memcpy(parts, &special, sizeof(parts));
-    for (int i = 0; i < VEC_BYTES / 8; i++) {
-        any |= parts[i];
+
+/* Interleaved inside every 16 bytes: what two vectors begin with there, and what they end with. */
+#if defined(FC_F16) && TURNED_BYTES == 32
+typedef elem turned_places __attribute__((vector_size(TURNED_BYTES)));
+#define TURN_LO (turned_places){0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27}
+#define TURN_HI (turned_places){4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31}
+#elif defined(FC_F16)
+typedef elem turned_places __attribute__((vector_size(TURNED_BYTES)));
+#define TURN_LO (turned_places){0, 8, 1, 9, 2, 10, 3, 11}
+#define TURN_HI (turned_places){4, 12, 5, 13, 6, 14, 7, 15}
+#elif VEC_BYTES == 64 && FC_REAL == 32
+#define TURN_LO (vec_bits){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}
+#define TURN_HI (vec_bits){2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31}
+#elif VEC_BYTES == 64
+#define TURN_LO (vec_bits){0, 8, 2, 10, 4, 12, 6, 14}
+#define TURN_HI (vec_bits){1, 9, 3, 11, 5, 13, 7, 15}
+#elif VEC_BYTES == 32 && FC_REAL == 32
+#define TURN_LO (vec_bits){0, 8, 1, 9, 4, 12, 5, 13}
+#define TURN_HI (vec_bits){2, 10, 3, 11, 6, 14, 7, 15}
+#elif VEC_BYTES == 32
+#define TURN_LO (vec_bits){0, 4, 2, 6}
+#define TURN_HI (vec_bits){1, 5, 3, 7}
+#elif FC_REAL == 32
+#define TURN_LO (vec_bits){0, 4, 1, 5}
+#define TURN_HI (vec_bits){2, 6, 3, 7}
+#else
+#define TURN_LO (vec_bits){0, 2}
+#define TURN_HI (vec_bits){1, 3}
+#endif
+/* One round: vector i with vector i + TURNED / 2. */
+INLINE void v_turn(turned x[TURNED]) {
+    turned y[TURNED];
+#pragma GCC unroll 4
+    for (int i = 0; i < TURNED / 2; i++) {
+        y[2 * i] = __builtin_shuffle(x[i], x[i + TURNED / 2], TURN_LO);
+        y[2 * i + 1] = __builtin_shuffle(x[i], x[i + TURNED / 2], TURN_HI);
     }
-    return any != 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < TURNED; i++) {
+        x[i] = y[i];
+    }
 }
+
+/* Unit i of all keys. */
+INLINE vec v_unit_of(const turned x[TURNED], int i) {
+#if defined(FC_F16) && defined(FC_AVX512)
+    return _mm512_cvtph_ps((__m256i)x[i]);
+#elif defined(FC_F16) && defined(FC_AVX2)
+    return _mm256_cvtph_ps((__m128i)x[i]);
+#elif defined(FC_F16)
+    return v_load_elems((const elem *)&x[i / PACKED] + i % PACKED * W);
+#elif defined(FC_PAIRS)
+    return x[i];
 #else
-#define FEW_POWER 1
-INLINE vec v_unpack_quickly(vec packed, int i) { return v_unpack(packed, i); }
-INLINE vec v_larger(vec largest, vec packed) { return (void)packed, largest; }
-INLINE int v_is_special(vec largest) { return (void)largest, 0; }
+    return v_unpack(x[i / PACKED], i % PACKED);
 #endif
+}
 
 /* Products of units: c + a b, or c + a0 b0 + a1 b1 in the CPU's own way. Units travel in a vec,
  * whatever they hold. v_splat_unit: the same unit in every lane, or only in the first, from where
@@ -564,39 +592,6 @@ INLINE real v_top(vec x) {
         x = v_max(x, __builtin_shuffle(x, half ^ n));
     }
     return x[0];
-}
-
-/* The same inside every 16 bytes: of PIECE rows' pieces, number i of all of them. */
-#if VEC_BYTES == 64 && FC_REAL == 32
-#define ZIP_PIECES_LO (vec_bits){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}
-#define ZIP_PIECES_HI (vec_bits){2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31}
-#elif VEC_BYTES == 64
-#define ZIP_PIECES_LO (vec_bits){0, 8, 2, 10, 4, 12, 6, 14}
-#define ZIP_PIECES_HI (vec_bits){1, 9, 3, 11, 5, 13, 7, 15}
-#elif VEC_BYTES == 32 && FC_REAL == 32
-#define ZIP_PIECES_LO (vec_bits){0, 8, 1, 9, 4, 12, 5, 13}
-#define ZIP_PIECES_HI (vec_bits){2, 10, 3, 11, 6, 14, 7, 15}
-#elif VEC_BYTES == 32
-#define ZIP_PIECES_LO (vec_bits){0, 4, 2, 6}
-#define ZIP_PIECES_HI (vec_bits){1, 5, 3, 7}
-#else
-#define ZIP_PIECES_LO ZIP_LO
-#define ZIP_PIECES_HI ZIP_HI
-#endif
-INLINE void v_transpose_pieces(vec x[PIECE]) {
-#pragma GCC unroll 2
-    for (int round = 1; round < PIECE; round *= 2) {
-        vec y[PIECE];
-#pragma GCC unroll 2
-        for (int i = 0; i < PIECE / 2; i++) {
-            y[2 * i] = __builtin_shuffle(x[i], x[i + PIECE / 2], ZIP_PIECES_LO);
-            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + PIECE / 2], ZIP_PIECES_HI);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < PIECE; i++) {
-            x[i] = y[i];
-        }
-    }
 }
 
 #define TEXT_(x) #x

@@ -523,7 +523,6 @@ static void attend(const struct target *t, const struct problem *p, const struct
         strip.d = p->d;
         strip.dv = p->dv;
         strip.scale = p->scale;
-        strip.power = t->stored->few_power;
         struct scratch scratch = {{0}, {0}, 0};
         const size_t line = (size_t)strip.nv * lanes * size;
         const size_t tile = (size_t)MAX(1, MIN(MIN(how->tile, FC_SPAN), keys));
@@ -532,7 +531,7 @@ static void attend(const struct target *t, const struct problem *p, const struct
         const size_t o_bytes =
             how->few ? of_rows * whole(p->dv, t->kernels->step * lanes) : line * p->dv;
         const ptrdiff_t few_units = whole(FC_FEW_COLUMNS(p->d) / t->kernels->step, lanes);
-        strip.qt = take(&scratch, how->few ? of_rows * few_units + size : line * units);
+        strip.qt = take(&scratch, how->few ? of_rows * few_units : line * units);
         strip.m = take(&scratch, line);
         strip.l = take(&scratch, line);
         strip.o = take(&scratch, o_bytes);
@@ -1258,8 +1257,7 @@ static void check_widening_few(const struct target *t) {
     } ways[] = {{1, 1}, {1, 40503}, {0x1p30f, 1}, {-0x1p30f, 1}};
     struct scratch scratch = {{0}, {0}, 0};
     struct fc_strip strip = {.nq = 1, .nv = 1, .d = D, .dv = 1, .scale = 1};
-    strip.power = t->stored->few_power;
-    strip.qt = take(&scratch, (size_t)(whole(D, lanes) + 1) * 4);
+    strip.qt = take(&scratch, (size_t)whole(D, lanes) * 4);
     strip.s = take(&scratch, FC_FEW_STRIDE(4));
     int right = 1;
     for (int way = 0; way < COUNT(ways); way++) {
