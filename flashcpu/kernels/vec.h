@@ -372,6 +372,9 @@ INLINE vec v_unit_of(const turned x[TURNED], int i) {
     return _mm512_cvtph_ps((__m256i)x[i]);
 #elif defined(FC_F16) && defined(FC_AVX2)
     return _mm256_cvtph_ps((__m128i)x[i]);
+#elif defined(FC_F16) && defined(FC_NEON)
+    const float16x8_t two = vreinterpretq_f16_u16((uint16x8_t)x[i / 2]);
+    return i % 2 ? vcvt_high_f32_f16(two) : vcvt_f32_f16(vget_low_f16(two));
 #elif defined(FC_F16)
     return v_load_elems((const elem *)&x[i / PACKED] + i % PACKED * W);
 #elif defined(FC_PAIRS)
