@@ -69,6 +69,14 @@ typedef real elem;
 #define HAS_FMA 0
 #endif
 
+/* f16 in vectors wider than NEON's: widened beside products, and rows are slower than memory with
+ * fewer of them than in other types. */
+#if defined(FC_F16) && VEC_BYTES > 16
+#define WIDE_F16 1
+#else
+#define WIDE_F16 0
+#endif
+
 #define W ((int)(VEC_BYTES / sizeof(real)))
 /* Columns of V in a staged panel: a cache line, so that the keys of a tile never share a set. */
 #define PANEL ((int)(64 / sizeof(real)))
@@ -272,34 +280,29 @@ INLINE piece v_first_piece(vec x) {
 #endif
 }
 
+#ifdef FC_BF16
 /* Element i of each unit-sized number, as reals. */
 INLINE vec v_unpack(vec packed, int i) {
-#if defined(FC_BF16)
     const vec_unsigned bits = (vec_unsigned)packed;
     return (vec)(i ? bits & 0xffff0000 : bits << 16);
-#else
-    (void)i;
-    return packed;
-#endif
 }
+#endif
 
 /* One piece of W keys lies in TURNED vectors, and is turned over in them, in ROUNDS, until each
- * holds a number as large as a real of all keys: other 16 bits go there two at a time, and are
- * widened by shifts. f16 goes by elements, for the CPU widens half a vector of elements next to
- * each other, beside products (Zen 4, 4 rows, D = 128, cycles a line of K out of L2: 10.7; by
- * shifts, and a maximum to find infinity and NaN, 12.3, or 10.9 in the order of scores_piece). */
+ * holds a number of all keys that is as large as a real: in pairs a unit, of bf16 otherwise two
+ * elements, which are widened by shifts. f16 is turned over by elements, for the CPU widens those
+ * next to each other beside products (Zen 4, 4 rows, D = 128, cycles a line of K out of L2, turned
+ * over ahead: 10.7; two at a time, by shifts, and with a maximum to find infinity and NaN 10.9). */
 #ifdef FC_F16
-#define IS_F16 1
-#define TURNED ((int)(VEC_BYTES > 16 ? 8 : 4))
-#define TURNED_BYTES (VEC_BYTES > 16 ? VEC_BYTES / 2 : VEC_BYTES)
+#define TURNED (WIDE_F16 ? 8 : 4)
+#define TURNED_BYTES (WIDE_F16 ? VEC_BYTES / 2 : VEC_BYTES)
 typedef elem turned __attribute__((vector_size(TURNED_BYTES)));
 #else
-#define IS_F16 0
 #define TURNED PIECE
 #define TURNED_BYTES VEC_BYTES
 typedef vec turned;
 #endif
-enum { ROUNDS = TURNED == 8 ? 3 : TURNED == 4 ? 2 : 1 };
+enum { ROUNDS = TURNED == 8 ? 3 : TURNED == 4 ? 2 : 1 }; /* log2 */
 
 /* Number i of them before the first round: the pieces of keys i, TURNED + i, 2 TURNED + i ... Rows
  * of keys 0, PIECE, 2 PIECE ... begin at `at`, the others ld bytes apart. */
@@ -326,13 +329,11 @@ INLINE turned v_load_pieces(const char *const at[LANES], ptrdiff_t ld, int i) {
 
 /* Interleaved inside every 16 bytes: what two vectors begin with there, and what they end with. */
 #if defined(FC_F16) && TURNED_BYTES == 32
-typedef elem turned_places __attribute__((vector_size(TURNED_BYTES)));
-#define TURN_LO (turned_places){0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27}
-#define TURN_HI (turned_places){4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31}
+#define TURN_LO (turned){0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27}
+#define TURN_HI (turned){4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31}
 #elif defined(FC_F16)
-typedef elem turned_places __attribute__((vector_size(TURNED_BYTES)));
-#define TURN_LO (turned_places){0, 8, 1, 9, 2, 10, 3, 11}
-#define TURN_HI (turned_places){4, 12, 5, 13, 6, 14, 7, 15}
+#define TURN_LO (turned){0, 8, 1, 9, 2, 10, 3, 11}
+#define TURN_HI (turned){4, 12, 5, 13, 6, 14, 7, 15}
 #elif VEC_BYTES == 64 && FC_REAL == 32
 #define TURN_LO (vec_bits){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}
 #define TURN_HI (vec_bits){2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31}
@@ -373,14 +374,14 @@ INLINE vec v_unit_of(const turned x[TURNED], int i) {
 #elif defined(FC_F16) && defined(FC_AVX2)
     return _mm256_cvtph_ps((__m128i)x[i]);
 #elif defined(FC_F16) && defined(FC_NEON)
-    const float16x8_t two = vreinterpretq_f16_u16((uint16x8_t)x[i / 2]);
-    return i % 2 ? vcvt_high_f32_f16(two) : vcvt_f32_f16(vget_low_f16(two));
+    const float16x8_t two = vreinterpretq_f16_u16((uint16x8_t)x[i / PACKED]);
+    return i % PACKED ? vcvt_high_f32_f16(two) : vcvt_f32_f16(vget_low_f16(two));
 #elif defined(FC_F16)
     return v_load_elems((const elem *)&x[i / PACKED] + i % PACKED * W);
-#elif defined(FC_PAIRS)
-    return x[i];
-#else
+#elif defined(FC_BF16) && !defined(FC_PAIRS)
     return v_unpack(x[i / PACKED], i % PACKED);
+#else
+    return x[i];
 #endif
 }
 

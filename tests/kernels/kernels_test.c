@@ -1246,37 +1246,39 @@ static void check_widening(const struct target *t) {
     check(right, "a %s number is not widened exactly when it is staged", t->stored->dtype);
 }
 
-/* As scores_few reads them: one number in a key, at each place of a piece of K, against a small
- * query and a large one, in order, and with infinity and NaN among the others. */
+/* As scores_few reads them: one number in a key, at each place of a piece of K, with infinity and
+ * NaN among the others, for as few rows as have the next piece turned over ahead, and for more. */
 static void check_widening_few(const struct target *t) {
-    const int lanes = t->kernels->lanes;
-    enum { D = 8 };
-    static const struct {
-        float query;
-        int factor; /* odd */
-    } ways[] = {{1, 1}, {1, 40503}, {0x1p30f, 1}, {-0x1p30f, 1}};
+    const int lanes = t->kernels->lanes, most = MIN(13, FC_NV * lanes);
+    enum { D = 8, FACTOR = 40503 /* odd: each number once */ };
     struct scratch scratch = {{0}, {0}, 0};
-    struct fc_strip strip = {.nq = 1, .nv = 1, .d = D, .dv = 1, .scale = 1};
-    strip.qt = take(&scratch, (size_t)whole(D, lanes) * 4);
-    strip.s = take(&scratch, FC_FEW_STRIDE(4));
+    struct fc_strip strip = {.d = D, .dv = 1, .scale = 1};
+    strip.qt = take(&scratch, (size_t)(most * whole(D, lanes)) * 4);
+    strip.s = take(&scratch, most * FC_FEW_STRIDE((size_t)4));
+    const int rows[] = {1, most};
     int right = 1;
-    for (int way = 0; way < COUNT(ways); way++) {
+    for (int way = 0; way < COUNT(rows); way++) {
+        strip.nq = rows[way];
+        strip.nv = (strip.nq + lanes - 1) / lanes;
         for (int at = 0; at < D; at++) {
             char q[D * 4] = {0};
-            const void *q_at = q;
-            put(q, at, 4, ways[way].query);
-            t->rows->pack_few(&strip, &q_at);
+            const void *q_at[13];
+            for (int r = 0; r < strip.nq; r++) {
+                q_at[r] = q;
+            }
+            put(q, at, 4, 1);
+            t->rows->pack_few(&strip, q_at);
             for (int first = 0; first < 0x10000; first += FC_SPAN) {
                 uint16_t *k = (uint16_t *)place(AREA_K, FC_SPAN * D * 2, 0);
                 memset(k, 0, FC_SPAN * D * 2);
                 for (int i = 0; i < FC_SPAN; i++) {
-                    k[i * D + at] = (uint16_t)((first + i) * ways[way].factor);
+                    k[i * D + at] = (uint16_t)((first + i) * FACTOR);
                 }
                 t->stored->scores_few(&strip, k, D, FC_SPAN, FC_SPAN);
+                const char *last = (char *)strip.s + (strip.nq - 1) * FC_FEW_STRIDE(4);
                 for (int i = 0; i < FC_SPAN; i++) {
-                    const float wide = (float)widen(t->stored_format, k[i * D + at]);
-                    const float want = wide * ways[way].query;
-                    const double got = get(strip.s, i, 4);
+                    const double want = widen(t->stored_format, k[i * D + at]);
+                    const double got = get(last, i, 4);
                     right &= isnan(want) ? isnan(got) : got == want;
                 }
             }
