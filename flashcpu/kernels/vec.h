@@ -327,7 +327,22 @@ INLINE turned v_load_pieces(const char *const at[LANES], ptrdiff_t ld, int i) {
 #undef PIECE_AT
 }
 
-/* Interleaved inside every 16 bytes: what two vectors begin with there, and what they end with. */
+/* Interleaved: what two vectors begin with, and what they end with. */
+#if VEC_BYTES == 64 && FC_REAL == 32
+#define ZIP_LO (vec_bits){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
+#define ZIP_HI (vec_bits){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
+#elif VEC_BYTES / (FC_REAL / 8) == 8
+#define ZIP_LO (vec_bits){0, 8, 1, 9, 2, 10, 3, 11}
+#define ZIP_HI (vec_bits){4, 12, 5, 13, 6, 14, 7, 15}
+#elif VEC_BYTES / (FC_REAL / 8) == 4
+#define ZIP_LO (vec_bits){0, 4, 1, 5}
+#define ZIP_HI (vec_bits){2, 6, 3, 7}
+#else
+#define ZIP_LO (vec_bits){0, 2}
+#define ZIP_HI (vec_bits){1, 3}
+#endif
+
+/* The same inside every 16 bytes. */
 #if defined(FC_F16) && TURNED_BYTES == 32
 #define TURN_LO (turned){0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27}
 #define TURN_HI (turned){4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31}
@@ -346,26 +361,21 @@ INLINE turned v_load_pieces(const char *const at[LANES], ptrdiff_t ld, int i) {
 #elif VEC_BYTES == 32
 #define TURN_LO (vec_bits){0, 4, 2, 6}
 #define TURN_HI (vec_bits){1, 5, 3, 7}
-#elif FC_REAL == 32
-#define TURN_LO (vec_bits){0, 4, 1, 5}
-#define TURN_HI (vec_bits){2, 6, 3, 7}
 #else
-#define TURN_LO (vec_bits){0, 2}
-#define TURN_HI (vec_bits){1, 3}
+#define TURN_LO ZIP_LO
+#define TURN_HI ZIP_HI
 #endif
-/* One round: vector i with vector i + TURNED / 2. */
-INLINE void v_turn(turned x[TURNED]) {
-    turned y[TURNED];
-#pragma GCC unroll 4
-    for (int i = 0; i < TURNED / 2; i++) {
-        y[2 * i] = __builtin_shuffle(x[i], x[i + TURNED / 2], TURN_LO);
-        y[2 * i + 1] = __builtin_shuffle(x[i], x[i + TURNED / 2], TURN_HI);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < TURNED; i++) {
-        x[i] = y[i];
-    }
-}
+/* One of the log2 n rounds that turn n vectors over: number i is interleaved with i + n / 2. */
+#define INTERLEAVE(type, n, x, lo, hi)                                             \
+    do {                                                                           \
+        type y_[n];                                                                \
+        _Pragma("GCC unroll 8") for (int i = 0; i < (n) / 2; i++) {                \
+            y_[2 * i] = __builtin_shuffle((x)[i], (x)[i + (n) / 2], lo);           \
+            y_[2 * i + 1] = __builtin_shuffle((x)[i], (x)[i + (n) / 2], hi);       \
+        }                                                                          \
+        _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) { (x)[i] = y_[i]; } \
+    } while (0)
+INLINE void v_turn(turned x[TURNED]) { INTERLEAVE(turned, TURNED, x, TURN_LO, TURN_HI); }
 
 /* Unit i of all keys. */
 INLINE vec v_unit_of(const turned x[TURNED], int i) {
@@ -538,20 +548,6 @@ INLINE int place_of_unit(int i) { return STEP > 1 ? i : i % PARTS * W + i / PART
 /* One rounding where the instruction set has FMA: the scalar twin of v_fma. */
 INLINE double fma_f64(double a, double b, double c) { return HAS_FMA ? fma(a, b, c) : a * b + c; }
 
-/* Interleaved: what two vectors begin with, and what they end with. */
-#if VEC_BYTES == 64 && FC_REAL == 32
-#define ZIP_LO (vec_bits){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
-#define ZIP_HI (vec_bits){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
-#elif VEC_BYTES / (FC_REAL / 8) == 8
-#define ZIP_LO (vec_bits){0, 8, 1, 9, 2, 10, 3, 11}
-#define ZIP_HI (vec_bits){4, 12, 5, 13, 6, 14, 7, 15}
-#elif VEC_BYTES / (FC_REAL / 8) == 4
-#define ZIP_LO (vec_bits){0, 4, 1, 5}
-#define ZIP_HI (vec_bits){2, 6, 3, 7}
-#else
-#define ZIP_LO (vec_bits){0, 2}
-#define ZIP_HI (vec_bits){1, 3}
-#endif
 /* From two vectors, and back: the numbers in even places, those in odd ones. */
 INLINE void v_even_odd(vec x[2]) {
     const vec a = x[0], b = x[1];
@@ -572,16 +568,7 @@ INLINE void v_in_order(vec x[2]) {
 INLINE void v_transpose(vec x[W]) {
 #pragma GCC unroll 4
     for (int round = 1; round < W; round *= 2) {
-        vec y[W];
-#pragma GCC unroll 8
-        for (int i = 0; i < W / 2; i++) {
-            y[2 * i] = __builtin_shuffle(x[i], x[i + W / 2], ZIP_LO);
-            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + W / 2], ZIP_HI);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) {
-            x[i] = y[i];
-        }
+        INTERLEAVE(vec, W, x, ZIP_LO, ZIP_HI);
     }
 }
 
