@@ -82,7 +82,7 @@ struct fc_storage {
     void (*pack_few)(const struct fc_strip *, const void *const *rows);
     void (*scores_few)(const struct fc_strip *, const void *k, ptrdiff_t ldk, int nk, int full);
     void (*accumulate_few)(const struct fc_strip *, const void *v, ptrdiff_t ldv, ptrdiff_t panel,
-                           int nk, int full); /* l follows too */
+                           int nk, int full);
     void (*finish_few)(const struct fc_strip *, void *const *out, void *const *lse);
 };
 

@@ -270,16 +270,6 @@ typedef real piece __attribute__((vector_size(16)));
 typedef uint32_t piece_bits __attribute__((vector_size(16)));
 typedef real piece_unaligned __attribute__((vector_size(16), aligned(sizeof(elem)), may_alias));
 
-INLINE piece v_first_piece(vec x) {
-#if VEC_BYTES == 64
-    return (piece)_mm512_castps512_ps128((__m512)x);
-#elif VEC_BYTES == 32
-    return (piece)_mm256_castps256_ps128((__m256)x);
-#else
-    return x;
-#endif
-}
-
 #ifdef FC_BF16
 /* Element i of each unit-sized number, as reals. */
 INLINE vec v_unpack(vec packed, int i) {
