@@ -69,6 +69,13 @@ typedef real elem;
 #define HAS_FMA 0
 #endif
 
+/* Whether a product takes a number out of memory into all its lanes by itself. */
+#if defined(FC_AVX512)
+#define BROADCASTS 1
+#else
+#define BROADCASTS 0
+#endif
+
 /* f16 in vectors wider than NEON's: widened beside products, and rows are slower than memory with
  * fewer of them than in other types. */
 #if defined(FC_F16) && VEC_BYTES > 16
