@@ -285,26 +285,28 @@ INLINE vec v_unpack(vec packed, int i) {
 }
 #endif
 
-/* One piece of W keys lies in TURNED vectors, and is turned over in them, in ROUNDS, until each
- * holds a number of all keys that is as large as a real: in pairs a unit, of bf16 otherwise two
- * elements, which are widened by shifts. f16 is turned over by elements, for the CPU widens those
- * next to each other beside products (Zen 4, 4 rows, D = 128, cycles a line of K out of L2, turned
- * over ahead: 10.7; two at a time, by shifts, and with a maximum to find infinity and NaN 10.9). */
+/* One piece of TURNED_KEYS keys lies in TURNED vectors, and is turned over in them, in ROUNDS,
+ * until each holds a number of all keys that is as large as a real: in pairs a unit, of bf16
+ * otherwise two elements, which are widened by shifts. f16 is turned over by elements, for the CPU
+ * widens those next to each other beside products (Zen 4, 4 rows, D = 128, cycles a line of K out
+ * of L2, turned over ahead: 10.7; two at a time, by shifts, and with a maximum to find infinity and
+ * NaN 10.9); with AVX2, where they are stored first, two vectors of keys at once. */
 #ifdef FC_F16
 #define TURNED (WIDE_F16 ? 8 : 4)
-#define TURNED_BYTES (WIDE_F16 ? VEC_BYTES / 2 : VEC_BYTES)
+#define TURNED_BYTES (VEC_BYTES == 64 ? VEC_BYTES / 2 : VEC_BYTES)
 typedef elem turned __attribute__((vector_size(TURNED_BYTES)));
 #else
 #define TURNED PIECE
 #define TURNED_BYTES VEC_BYTES
 typedef vec turned;
 #endif
+#define TURNED_KEYS (WIDE_F16 && VEC_BYTES == 32 ? 2 * W : W)
 enum { ROUNDS = TURNED == 8 ? 3 : TURNED == 4 ? 2 : 1 }; /* log2 */
 
 /* Number i of them before the first round: the pieces of keys i, TURNED + i, 2 TURNED + i ... Rows
  * of keys 0, PIECE, 2 PIECE ... begin at `at`, the others ld bytes apart. */
-#define LANES ((int)(VEC_BYTES / 16))
-INLINE turned v_load_pieces(const char *const at[LANES], ptrdiff_t ld, int i) {
+#define STARTS (TURNED_KEYS / PIECE)
+INLINE turned v_load_pieces(const char *const at[STARTS], ptrdiff_t ld, int i) {
 #define PIECE_AT(j) \
     (*(const piece_unaligned *)(at[((j) * TURNED + i) / PIECE] + ((j) * TURNED + i) % PIECE * ld))
 #if TURNED_BYTES == 64
@@ -374,12 +376,14 @@ INLINE turned v_load_pieces(const char *const at[LANES], ptrdiff_t ld, int i) {
     } while (0)
 INLINE void v_turn(turned x[TURNED]) { INTERLEAVE(turned, TURNED, x, TURN_LO, TURN_HI); }
 
-/* Unit i of all keys. */
-INLINE vec v_unit_of(const turned x[TURNED], int i) {
+/* Unit i of W keys: those of number `half` of as many among TURNED_KEYS. */
+INLINE vec v_unit_of(const turned x[TURNED], int i, int half) {
+#if defined(FC_F16) && defined(FC_AVX2)
+    return _mm256_cvtph_ps(((const __m128i *)&x[i])[half]);
+#else
+    (void)half;
 #if defined(FC_F16) && defined(FC_AVX512)
     return _mm512_cvtph_ps((__m256i)x[i]);
-#elif defined(FC_F16) && defined(FC_AVX2)
-    return _mm256_cvtph_ps((__m128i)x[i]);
 #elif defined(FC_F16) && defined(FC_NEON)
     const float16x8_t two = vreinterpretq_f16_u16((uint16x8_t)x[i / PACKED]);
     return i % PACKED ? vcvt_high_f32_f16(two) : vcvt_f32_f16(vget_low_f16(two));
@@ -389,6 +393,7 @@ INLINE vec v_unit_of(const turned x[TURNED], int i) {
     return v_unpack(x[i / PACKED], i % PACKED);
 #else
     return x[i];
+#endif
 #endif
 }
 
