@@ -13,7 +13,7 @@ ROWS = 63
 
 # Hq, Hkv, D, Dv, Lkv: one head a group and several, depths with and without tails, span borders.
 PROBLEMS = [(4, 4, 64, 64, 300), (9, 3, 64, 64, 513), (8, 1, 17, 9, 700), (4, 2, 128, 80, 1030)]
-PROBLEMS += [(2, 2, 1, 1, 100), (6, 2, 33, 70, 256), (1, 1, 3, 200, 60)]
+PROBLEMS += [(2, 2, 1, 1, 100), (6, 2, 33, 70, 256), (1, 1, 3, 200, 60), (16, 1, 300, 8, 290)]
 
 
 # Other kernels

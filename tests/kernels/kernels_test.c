@@ -1022,6 +1022,19 @@ static void check_tiles(struct target *targets, int count, int each, int turns) 
     }
 }
 
+/* Keys longer than what few rows take of them at once. */
+static void check_long_keys(struct target *targets, int count, int each, int turns) {
+    static const int lengths[] = {127, 129, 192, 255, 256, 257, 385, 513};
+    random_state = 5;
+    for (int i = 0; i < 3 * COUNT(lengths) * turns; i += each) {
+        const int rows = 1 + random_below(20), keys = 1 + random_below(100);
+        const int d = lengths[i % COUNT(lengths)], dv = 1 + random_below(5);
+        struct problem p = make_problem(targets, rows, keys, d, dv, i % MASKS, 1, i % 3 == 0);
+        check_problem(targets, count, &p, "long keys");
+        free_problem(&p);
+    }
+}
+
 /* Without columns there are still sums. */
 static void check_no_columns(const struct target *t) {
     for (int i = 0; i < COUNT(ways) * 8; i++) {
@@ -1597,9 +1610,10 @@ static void check_dtype(const char *stored, const char *arithmetic, const char *
             check_rounding(t, few);
         }
     }
-    /* 5 has no divisor in common with the lengths. */
+    /* 5 and 3 have no divisor in common with the lengths. */
     check_tiles(targets, count, own ? 1 : 5, turns);
     check_spans(targets, count, own ? 1 : 2, turns);
+    check_long_keys(targets, count, own ? 1 : 3, turns);
     if (own) { /* f16 has no numbers of such sizes */
         check_scales(targets, count);
     }
