@@ -502,9 +502,9 @@ INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
 }
 #endif
 
-/* The same, written over c. GCC writes over what is not needed any more, and then moves sums about,
- * some of them into memory where there are no more than 16 registers: 6 to 9 % of what few rows
- * take with a block of K. */
+/* v_dot, which writes its sum over c. GCC writes it over any operand that is not needed any more,
+ * and then moves sums about, with 16 registers into memory too: 6 to 9 % of the instructions of few
+ * rows with a block of K. */
 INLINE vec v_dot_onto(vec a, vec b, vec c) {
 #if defined(FC_AVX2) && FC_REAL == 32
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
@@ -514,7 +514,7 @@ INLINE vec v_dot_onto(vec a, vec b, vec c) {
 #endif
 }
 
-/* The same with a unit in memory. GCC would make a vector of it first, in the pipes of the
+/* v_dot with a unit in memory. GCC would make a vector of it first, in the pipes of the
  * shuffles; of other products it makes one instruction by itself. */
 INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
 #if defined(FC_PAIRS) && defined(FC_AVX512)
