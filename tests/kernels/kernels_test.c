@@ -17,6 +17,10 @@
  *
  * 16-bit numbers must give the bits of float32 on the same numbers, rounded once. The arithmetic of
  * bf16 pairs has the dot product of the CPU, which is taken as it is: all around it is checked. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* cores, in threads.h */
+#endif
+#include "../../flashcpu/threads.h"
 #include "kernels.h"
 #include "probe.h"
 
@@ -1543,6 +1547,40 @@ static void check_log(struct target *t, int turns) {
     check(isnan(t->probe->log_of_sum(NAN)), "log NaN is not NaN");
 }
 
+#ifdef __linux__
+/* A thread leaves a core that another one of the call has for one that none has, unless somebody
+ * else may have that; where it may run is as before. */
+static void check_cores(void) {
+    cpu_set_t all, after;
+    const int core = sched_getcpu();
+    sched_getaffinity(0, sizeof(all), &all);
+    if (core < 0 || core >= FC_CORES || CPU_COUNT(&all) < 2) {
+        return;
+    }
+    int other = 0;
+    while (other == core || !CPU_ISSET(other, &all)) {
+        other++;
+    }
+    snprintf(what, sizeof(what), "cores");
+    for (int may = 0; may < 2; may++) {
+        struct fc_cores cores = {{0}};
+        for (int i = 0; i < FC_CORES; i++) {
+            cores.taken[i / 64] |= (uint64_t)(i != other) << i % 64;
+        }
+        cpu_set_t here;
+        CPU_ZERO(&here);
+        CPU_SET(core, &here);
+        sched_setaffinity(0, sizeof(here), &here);
+        sched_setaffinity(0, sizeof(all), &all);
+        fc_take_core(&cores, may ? INT_MAX : 0);
+        sched_getaffinity(0, sizeof(after), &after);
+        check(CPU_EQUAL(&all, &after), "another affinity than before");
+        const int took = cores.taken[other / 64] >> other % 64 & 1;
+        check(took == may, may ? "no other core was taken" : "a core was taken of somebody else");
+    }
+}
+#endif
+
 static const struct probe *find_probe(const char *arithmetic, const char *isa) {
     for (int i = 0; i < COUNT(probes); i++) {
         if (strcmp(probes[i]->arithmetic, arithmetic) == 0 && strcmp(probes[i]->isa, isa) == 0) {
@@ -1672,6 +1710,9 @@ int main(int argc, char **argv) {
             return 2;
         }
     }
+#ifdef __linux__
+    check_cores();
+#endif
     check_dtype("f32", "f32", isas, show_bits);
     check_dtype("f64", "f64", isas, show_bits);
     check_dtype("f16", "f32", isas, show_bits);
