@@ -735,20 +735,24 @@ cdef void wait_for_others(const Call *call, int threads) noexcept nogil:
 cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size) noexcept nogil:
     """Items to whichever thread is free; the calling thread looks for signals.
 
-    One thread needs no parallel region, and does not start one.
+    One thread needs no parallel region, and does not start one. More threads than there are cores
+    would be in each other's way if they waited awake.
     """
     cdef double looked = openmp.omp_get_wtime()
     cdef int threads = call.threads, thread
+    cdef bint has_cores = threads <= openmp.omp_get_num_procs()
     cdef fc_cores cores
     if threads == 1:
         attend_some(call, scratch, &looked)
-    else:
-        memset(&cores, 0, sizeof(cores))
+        return
+    memset(&cores, 0, sizeof(cores))
+    if has_cores:
         fc_take_core(&cores, threads)
-        for thread in prange(threads, schedule="static", chunksize=1, num_threads=threads):
-            if threadid() > 0:
-                fc_take_core(&cores, threads)
-            attend_some(call, scratch + thread * scratch_size, &looked if threadid() == 0 else NULL)
+    for thread in prange(threads, schedule="static", chunksize=1, num_threads=threads):
+        if has_cores and threadid() > 0:
+            fc_take_core(&cores, threads)
+        attend_some(call, scratch + thread * scratch_size, &looked if threadid() == 0 else NULL)
+        if has_cores:
             wait_for_others(call, openmp.omp_get_num_threads())
 
 
