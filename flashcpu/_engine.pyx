@@ -740,11 +740,12 @@ cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size)
     """
     cdef double looked = openmp.omp_get_wtime()
     cdef int threads = call.threads, thread
-    cdef bint has_cores = threads <= openmp.omp_get_num_procs()
+    cdef bint has_cores
     cdef fc_cores cores
     if threads == 1:
         attend_some(call, scratch, &looked)
         return
+    has_cores = threads <= openmp.omp_get_num_procs()
     memset(&cores, 0, sizeof(cores))
     if has_cores:
         fc_take_core(&cores, threads)
