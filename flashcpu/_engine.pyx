@@ -51,7 +51,7 @@ cdef extern from "threads.h" nogil:
     void fc_reach(int64_t *, int64_t)
     struct fc_cores:
         pass
-    void fc_take_core(fc_cores *, int)
+    bint fc_take_core(fc_cores *, int)
 
 
 cdef extern from "<fenv.h>" nogil:
@@ -157,7 +157,7 @@ cdef enum:
 # Seconds between two looks at whether a signal handler wants to end the call.
 cdef double SIGNAL_PERIOD = 0.05
 # How long a thread that has no item waits awake for others that have, in seconds.
-cdef double AWAKE = 0.001
+cdef double AWAKE = 0.0002
 
 
 # The order in which K and V are fetched where memory is the limit (fetch.inc has the figures).
@@ -715,12 +715,13 @@ cdef void attend_some(const Call *call, char *scratch, double *looked) noexcept 
     fesetenv(&found)
 
 
-cdef void wait_for_others(const Call *call, int threads) noexcept nogil:
+cdef void wait_for_others(const Call *call, int threads, bint caller) noexcept nogil:
     """Wait until none of the threads has an item, awake for a while.
 
-    In OpenMP's barrier they sleep soon (threads.waiting_asleep), and the caller would have to be
-    woken when the last one comes: 16 rows against 1024 keys of 8 heads 267 us, so 224 (358 with one
-    thread). Each has taken an item in vain when it comes here.
+    In OpenMP's barrier they sleep soon (threads.waiting_asleep), and who comes last has to wake the
+    others: 16 rows against 1024 keys of 8 heads 267 us, so 224 (358 with one thread). Each has
+    taken an item in vain when it comes here. Only the caller gives way to whoever wants its core,
+    for that may be one of them; another one would keep the caller waiting until it has it back.
     """
     cdef int looks = 0
     cdef double begin = openmp.omp_get_wtime()
@@ -729,7 +730,8 @@ cdef void wait_for_others(const Call *call, int threads) noexcept nogil:
         if looks > 1000:
             if openmp.omp_get_wtime() - begin > AWAKE:
                 return
-            sched_yield()
+            if caller:
+                sched_yield()
 
 
 cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size) noexcept nogil:
@@ -740,7 +742,7 @@ cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size)
     """
     cdef double looked = openmp.omp_get_wtime()
     cdef int threads = call.threads, thread
-    cdef bint has_cores
+    cdef bint has_cores, has_core
     cdef fc_cores cores
     if threads == 1:
         attend_some(call, scratch, &looked)
@@ -750,11 +752,10 @@ cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size)
     if has_cores:
         fc_take_core(&cores, threads)
     for thread in prange(threads, schedule="static", chunksize=1, num_threads=threads):
-        if has_cores and threadid() > 0:
-            fc_take_core(&cores, threads)
+        has_core = has_cores and (threadid() == 0 or fc_take_core(&cores, threads))
         attend_some(call, scratch + thread * scratch_size, &looked if threadid() == 0 else NULL)
-        if has_cores:
-            wait_for_others(call, openmp.omp_get_num_threads())
+        if has_core:
+            wait_for_others(call, openmp.omp_get_num_threads(), threadid() == 0)
 
 
 cdef class Prepared:

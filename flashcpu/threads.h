@@ -57,12 +57,15 @@ static inline int fc_runnable(void) {
  * done all (12 heads of 197 rows and keys, 1 ms apart, 1267 us, so 704; with one thread 1251; 9
  * heads over 3, 8 queries, 4096 keys 835, so 470). A core that another library's threads wait in a
  * loop on is left to them: beside those of a BLAS it got its turn after 3 ms. What the thread may
- * run on is as it was before. */
-static inline void fc_take_core(struct fc_cores *cores, int threads) {
-    for (int tries = 0; tries < 4 && fc_shares_core(cores); tries++) {
+ * run on is as it was before. Tells whether it has a core. */
+static inline int fc_take_core(struct fc_cores *cores, int threads) {
+    for (int tries = 0; tries < 4; tries++) {
         cpu_set_t all, left;
+        if (!fc_shares_core(cores)) {
+            return 1;
+        }
         if (fc_runnable() > threads || sched_getaffinity(0, sizeof(all), &all) != 0) {
-            return;
+            return 0;
         }
         left = all;
         for (int core = 0; core < FC_CORES && core < CPU_SETSIZE; core++) {
@@ -71,13 +74,16 @@ static inline void fc_take_core(struct fc_cores *cores, int threads) {
             }
         }
         if (CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof(left), &left) != 0) {
-            return;
+            return 0;
         }
         sched_setaffinity(0, sizeof(all), &all);
     }
+    return 0;
 }
 #else
-static inline void fc_take_core(struct fc_cores *cores, int threads) { (void)cores, (void)threads; }
+static inline int fc_take_core(struct fc_cores *cores, int threads) {
+    return (void)cores, (void)threads, 1;
+}
 #endif
 
 #endif
