@@ -27,7 +27,8 @@ class BuildExt(build_ext):
 
         def compile_one(source, output_dir, **options):
             (path,) = self.compiler.object_filenames([source], output_dir=output_dir)
-            if self.force or newer_group([source, *OWN], path):
+            included = OWN if source.startswith("flashcpu/kernels/") else [*OWN, *HEADERS]
+            if self.force or newer_group([source, *included], path):
                 start = time.time()
                 compile_one_by_one([source], output_dir=output_dir, **options)
                 # As old as what was read: an edit meanwhile is newer.
@@ -59,6 +60,8 @@ OWN = [
     *glob("flashcpu/kernels/*.h"),
     *glob("flashcpu/kernels/isa/*.h"),
 ]
+# And those that are no kernels.
+HEADERS = glob("flashcpu/*.h")
 # Python asks for -g itself, which takes a third of the time; CFLAGS=-g, or -ggdb, keeps it.
 DEBUG = [] if " -g" in " " + os.environ.get("CFLAGS", "") else ["-g0"]
 
@@ -71,7 +74,7 @@ engine = Extension(
         "flashcpu/kernels/dispatch.c",
         *sorted(glob("flashcpu/kernels/isa/*.c")),
     ],
-    depends=OWN,
+    depends=[*OWN, *HEADERS],
     include_dirs=[np.get_include(), "flashcpu"],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
     # Masks are -inf and results are promised bit for bit: never -ffast-math, no contraction.
