@@ -32,6 +32,7 @@ from libc.string cimport memset
 cimport numpy as cnp
 cimport openmp
 
+import os
 import time
 
 cnp.import_array()
@@ -45,13 +46,16 @@ cdef extern from "sched.h" nogil:
     int sched_yield()
 
 
-cdef extern from "threads.h" nogil:
+cdef extern from "cores.h" nogil:
     int64_t fc_take(int64_t *)
     int64_t fc_reached(const int64_t *)
     void fc_reach(int64_t *, int64_t)
     struct fc_cores:
         pass
+    bint fc_shares_core(fc_cores *)
+    int fc_runnable()
     bint fc_take_core(fc_cores *, int)
+    void fc_pause()
 
 
 cdef extern from "<fenv.h>" nogil:
@@ -156,8 +160,12 @@ cdef enum:
 
 # Seconds between two looks at whether a signal handler wants to end the call.
 cdef double SIGNAL_PERIOD = 0.05
-# How long a thread that has no item waits awake for others that have, in seconds.
-cdef double AWAKE = 0.0002
+# Seconds for which a thread that has no item waits awake for others that have: a few times what it
+# takes to wake one. Not at all where threads are told to sleep, OMP_WAIT_POLICY=passive. And looks
+# before it asks for the time and whether others want a core: some us.
+cdef double AWAKE = 0 if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else 0.0002
+cdef enum:
+    SOON = 100
 
 
 # The order in which K and V are fetched where memory is the limit (fetch.inc has the figures).
@@ -715,23 +723,42 @@ cdef void attend_some(const Call *call, char *scratch, double *looked) noexcept 
     fesetenv(&found)
 
 
-cdef void wait_for_others(const Call *call, int threads, bint caller) noexcept nogil:
+cdef void wait_for_others(const Call *call, bint caller) noexcept nogil:
     """Wait until none of the threads has an item, awake for a while.
 
     In OpenMP's barrier they sleep soon (threads.waiting_asleep), and who comes last has to wake the
     others: 16 rows against 1024 keys of 8 heads 267 us, so 224 (358 with one thread). Each has
-    taken an item in vain when it comes here. Only the caller gives way to whoever wants its core,
-    for that may be one of them; another one would keep the caller waiting until it has it back.
+    taken an item in vain when it comes here. The caller gives way to whoever wants its core, for
+    that may be one of them. Another one would have it back some ms later, and the caller would wait
+    for it: it goes to the barrier where somebody else may want a core.
     """
-    cdef int looks = 0
+    cdef int looks = 0, threads = openmp.omp_get_num_threads()
     cdef double begin = openmp.omp_get_wtime()
     while fc_reached(call.next_item) < call.n_items + threads and call.stop[0] == 0:
+        fc_pause()
         looks += 1
-        if looks > 1000:
-            if openmp.omp_get_wtime() - begin > AWAKE:
-                return
-            if caller:
-                sched_yield()
+        if looks < SOON:
+            continue
+        if openmp.omp_get_wtime() - begin > AWAKE:
+            return
+        if caller:
+            sched_yield()
+        elif looks == SOON and fc_runnable() > threads:
+            return
+
+
+cdef void attend_share(const Call *call, int thread, char *scratch, double *looked,
+                       fc_cores *cores) noexcept nogil:
+    """What one of several threads does. With cores, each is to have one of its own.
+
+    A thread that stands in for one that OpenMP did not give has taken its core before.
+    """
+    cdef bint caller = threadid() == 0, has_core = False
+    if cores is not NULL:
+        has_core = caller or (thread == threadid() and fc_take_core(cores, call.threads))
+    attend_some(call, scratch, looked if caller else NULL)
+    if has_core:
+        wait_for_others(call, caller)
 
 
 cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size) noexcept nogil:
@@ -742,20 +769,17 @@ cdef void attend_items(const Call *call, char *scratch, Py_ssize_t scratch_size)
     """
     cdef double looked = openmp.omp_get_wtime()
     cdef int threads = call.threads, thread
-    cdef bint has_cores, has_core
     cdef fc_cores cores
+    cdef fc_cores *shared = NULL
     if threads == 1:
         attend_some(call, scratch, &looked)
         return
-    has_cores = threads <= openmp.omp_get_num_procs()
-    memset(&cores, 0, sizeof(cores))
-    if has_cores:
-        fc_take_core(&cores, threads)
+    if AWAKE > 0 and threads <= openmp.omp_get_num_procs():
+        memset(&cores, 0, sizeof(cores))
+        fc_shares_core(&cores)
+        shared = &cores
     for thread in prange(threads, schedule="static", chunksize=1, num_threads=threads):
-        has_core = has_cores and (threadid() == 0 or fc_take_core(&cores, threads))
-        attend_some(call, scratch + thread * scratch_size, &looked if threadid() == 0 else NULL)
-        if has_core:
-            wait_for_others(call, openmp.omp_get_num_threads(), threadid() == 0)
+        attend_share(call, thread, scratch + thread * scratch_size, &looked, shared)
 
 
 cdef class Prepared:

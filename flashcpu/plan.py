@@ -30,6 +30,9 @@ SCORES = 4096
 # over 3, D = 64, after a product of NumPy, and after 1 ms of pause: 1024 keys (3 million) 160 and
 # 143, 149 and 223; 2048 285 and 323, 316 and 465; 4096 524 and 751, 550 and 691; 12 heads of 197
 # rows and keys (60 million) 1936 and 1820, 2394 and 2061. To wake one took 50 to 150 us there.
+# Since a thread leaves a core that another one of the call has (cores.h; Zen 4): 2048 keys 102 and
+# 140, 105 and 117; with 4 queries (9 million) 208 and 242, 211 and 171; 8192 keys 401 and 445, 408
+# and 313. Beside threads of a BLAS that wait in a loop the second one has to share a core.
 SMALL = 10_000_000
 # Multiply-adds in the time that it takes to read a number out of memory.
 READING = 8

@@ -22,6 +22,9 @@ def waiting_asleep():
     same from 100 turns on, but after a pause they wait until a thread is awake, 50 us or more in a
     virtual machine. Whoever says OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone. It holds for all
     libraries that share this libgomp, and not where one of them loaded it before.
+
+    At the end of a call its threads wait for each other awake for up to 0.2 ms all the same, unless
+    OMP_WAIT_POLICY is passive (_engine.pyx).
     """
     name = "GOMP_SPINCOUNT"
     if name in os.environ or "OMP_WAIT_POLICY" in os.environ:

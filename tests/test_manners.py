@@ -329,6 +329,21 @@ def test_the_affinity_is_asked_at_every_call():
     assert answers == ["True", "1"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+def test_all_threads_may_run_where_they_might_before():
+    """One may have left its core for another one (cores.h)."""
+    answers = run(
+        """
+        cores = os.sched_getaffinity(0)
+        for turn in range(200):
+            small(len(cores))
+        tasks = [int(task) for task in os.listdir("/proc/self/task")]
+        print(all(os.sched_getaffinity(task) == cores for task in tasks))
+        """
+    )
+    assert answers == ["True"]
+
+
 def test_as_many_threads_as_asked_for_are_used():
     """Seen from outside: the threads of the pool stay with the process."""
     if not os.path.isdir("/proc/self/task"):
