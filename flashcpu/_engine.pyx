@@ -46,10 +46,24 @@ cdef extern from "sched.h" nogil:
     int sched_yield()
 
 
+cdef extern from *:
+    """
+    static inline int64_t fc_take(int64_t *next) {
+        return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    }
+    static inline int64_t fc_reached(const int64_t *reached) {
+        return __atomic_load_n(reached, __ATOMIC_ACQUIRE);
+    }
+    static inline void fc_reach(int64_t *reached, int64_t key) {
+        __atomic_store_n(reached, key, __ATOMIC_RELEASE);
+    }
+    """
+    int64_t fc_take(int64_t *) nogil
+    int64_t fc_reached(const int64_t *) nogil
+    void fc_reach(int64_t *, int64_t) nogil
+
+
 cdef extern from "cores.h" nogil:
-    int64_t fc_take(int64_t *)
-    int64_t fc_reached(const int64_t *)
-    void fc_reach(int64_t *, int64_t)
     struct fc_cores:
         pass
     bint fc_shares_core(fc_cores *)

@@ -1,4 +1,4 @@
-/* What the threads of a call share: turns, and cores. For _engine.pyx. */
+/* The cores of the threads of a call, for _engine.pyx. */
 #ifndef FLASHCPU_CORES_H
 #define FLASHCPU_CORES_H
 
@@ -8,15 +8,6 @@
 
 #include <stdint.h>
 
-static inline int64_t fc_take(int64_t *next) {
-    return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-}
-static inline int64_t fc_reached(const int64_t *reached) {
-    return __atomic_load_n(reached, __ATOMIC_ACQUIRE);
-}
-static inline void fc_reach(int64_t *reached, int64_t key) {
-    __atomic_store_n(reached, key, __ATOMIC_RELEASE);
-}
 /* In a loop that looks: leaves the core to the other thread of it, if it has two. */
 static inline void fc_pause(void) {
 #if defined(__x86_64__)
