@@ -32,7 +32,7 @@ def test_a_decode_row_is_the_prefill_row(problem, causal, any_dtype, rng):
         assert_same(part, [x[:, :, at] for x in whole])
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8, 12, 13, 16, 47, 48])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 12, 13, 16, 37, 47, 48])
 def test_any_group_at_any_border_of_spans(group, any_dtype, rng):
     """Rows for the kernels for few, against those of whole strips for the kernels for many."""
     Lq = 16 * -(-4 // group)
