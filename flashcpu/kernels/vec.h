@@ -495,7 +495,18 @@ INLINE vec v_load_units(const elem *p, int n) {
 typedef real stored_weight;
 INLINE void v_store_weights(stored_weight *p, vec x) { v_store(p, x); }
 INLINE void v_unzip(vec x[1]) { (void)x; }
-INLINE vec v_splat_unit(const elem *p) { return v_splat(*(const real *)p); }
+INLINE vec v_splat_unit(const elem *p) {
+#if WIDE_F16
+    /* By the CPU's instruction for whole numbers: that for floats takes a pipe of the shuffles, as
+     * widening does (Zen 4, eight of them beside eight products 8.0 cycles, so 11.0; V of 4 rows
+     * 0.94 of the time). f32 does not gain: V of 4 rows 0.98 to 1.07 out of memory. */
+    real_bits bits;
+    memcpy(&bits, p, sizeof(bits));
+    return (vec)(bits - (vec_bits){0});
+#else
+    return v_splat(*(const real *)p);
+#endif
+}
 INLINE vec v_dot(vec a, vec b, vec c) { return v_fma(a, b, c); }
 INLINE vec v_dot_where_counted(vec a, vec b, vec c) {
     return v_fma_where(mask_counted(b), a, b, c);
@@ -521,7 +532,7 @@ INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
     __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*(const unit_unaligned *)unit));
     return c;
 #else
-    return v_dot(v_splat_unit(unit), b, c);
+    return v_dot(v_splat(*(const real *)unit), b, c);
 #endif
 }
 
