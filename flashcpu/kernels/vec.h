@@ -497,9 +497,9 @@ INLINE void v_store_weights(stored_weight *p, vec x) { v_store(p, x); }
 INLINE void v_unzip(vec x[1]) { (void)x; }
 INLINE vec v_splat_unit(const elem *p) {
 #if WIDE_F16
-    /* By the CPU's instruction for whole numbers: that for floats takes a pipe of the shuffles, as
-     * widening does (Zen 4, eight of them beside eight products 8.0 cycles, so 11.0; V of 4 rows
-     * 0.94 of the time). f32 does not gain: V of 4 rows 0.98 to 1.07 out of memory. */
+    /* As a whole number: to spread a float takes a pipe of the shuffles, which widening needs too
+     * (Zen 4, AVX-512: eight spreads beside eight products 8.0 cycles, as floats 11.0; V of 4 rows
+     * 0.94 of the time). f32 waits for other things: V of 4 rows 0.98 to 1.07. */
     real_bits bits;
     memcpy(&bits, p, sizeof(bits));
     return (vec)(bits - (vec_bits){0});
@@ -526,13 +526,13 @@ INLINE vec v_dot_onto(vec a, vec b, vec c) {
 }
 
 /* v_dot with a unit in memory. GCC would make a vector of it first, in the pipes of the
- * shuffles; of other products it makes one instruction by itself. */
+ * shuffles; of other products it makes one instruction by itself, if the unit is a float. */
 INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
 #if defined(FC_PAIRS) && defined(FC_AVX512)
     __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*(const unit_unaligned *)unit));
     return c;
 #else
-    return v_dot(v_splat(*(const real *)unit), b, c);
+    return v_dot(BROADCASTS ? v_splat(*(const real *)unit) : v_splat_unit(unit), b, c);
 #endif
 }
 
