@@ -92,6 +92,8 @@ typedef real elem;
 #define INLINE static inline __attribute__((always_inline))
 /* A value of which the compiler does not know how it came about. */
 #define OPAQUE(x) __asm__("" : "+r"(x))
+/* A place in the code that the compiler moves nothing across. */
+#define NOTHING_PASSES() __asm__ volatile("")
 /* A vector that several instructions take. Else GCC has each of them load it: twice the lines,
  * where rows begin within one; NEON has no products with memory. */
 #if defined(FC_AVX512) || defined(FC_AVX2)
