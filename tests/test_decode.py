@@ -48,11 +48,11 @@ def test_any_group_at_any_border_of_spans(group, any_dtype, rng):
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(1, 16), (7, 48), (8, 128), (40, 1), (65, 145)])
-def test_any_few_rows_at_any_width(D, Dv, arithmetic, rng):
+def test_any_few_rows_at_any_width(D, Dv, any_dtype, rng):
     """Rows accumulate up to eight at a time, columns up to eight vectors. Of 290 keys the first
     rows do not see all of the 32 that two vectors hold, of 301 some make no vector."""
     for keys in (290, 301):
-        q, k, v = normal(rng, (63, D), (keys, D), (keys, Dv), dtype=arithmetic)
+        q, k, v = normal(rng, (63, D), (keys, D), (keys, Dv), dtype=any_dtype)
         whole = both(q, k, v, causal=True)
         for rows in (*range(1, 14), 53):
             assert_same(both(q[-rows:], k, v, causal=True), [x[-rows:] for x in whole])

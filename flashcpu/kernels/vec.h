@@ -320,7 +320,8 @@ INLINE turned v_load_pieces(const char *const at[STARTS], ptrdiff_t ld, int i) {
         _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(2)), (__m128)PIECE_AT(3), 1);
     return (turned)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 #elif TURNED_BYTES == 32
-    return (turned)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)PIECE_AT(0)),
+    /* What is known to be 0 keeps GCC from moving it out of a low register first. */
+    return (turned)_mm256_insertf128_ps(_mm256_zextps128_ps256((__m128)PIECE_AT(0)),
                                         (__m128)PIECE_AT(1), 1);
 #else
     return (turned)PIECE_AT(0);
@@ -398,6 +399,27 @@ INLINE vec v_unit_of(const turned x[TURNED], int i, int half) {
 #endif
 #endif
 }
+
+/* Half a vector, where scores_in_halves.inc is better with two of them. */
+#if defined(FC_F16) && defined(FC_AVX512)
+#define HAS_HALVES 1
+typedef real half_vec __attribute__((vector_size(VEC_BYTES / 2)));
+typedef real_bits half_vec_bits __attribute__((vector_size(VEC_BYTES / 2)));
+INLINE half_vec hv_widen(const elem *p) {
+    return (half_vec)_mm256_cvtph_ps(_mm_load_si128((const __m128i *)p));
+}
+INLINE half_vec hv_splat(const real *p) {
+    real_bits bits;
+    memcpy(&bits, p, sizeof(bits));
+    return (half_vec)(bits - (half_vec_bits){0});
+}
+INLINE half_vec hv_fma(half_vec a, half_vec b, half_vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec v_of_halves(const half_vec x[2]) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(x[0]), x[1], 1);
+}
+#else
+#define HAS_HALVES 0
+#endif
 
 /* Products of units: c + a b, or c + a0 b0 + a1 b1 in the CPU's own way. Units travel in a vec,
  * whatever they hold. v_splat_unit: the same unit in every lane, or only in the first, from where
