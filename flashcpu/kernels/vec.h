@@ -400,27 +400,6 @@ INLINE vec v_unit_of(const turned x[TURNED], int i, int half) {
 #endif
 }
 
-/* Half a vector, where scores_in_halves.inc is better with two of them. */
-#if defined(FC_F16) && defined(FC_AVX512)
-#define HAS_HALVES 1
-typedef real half_vec __attribute__((vector_size(VEC_BYTES / 2)));
-typedef real_bits half_vec_bits __attribute__((vector_size(VEC_BYTES / 2)));
-INLINE half_vec hv_widen(const elem *p) {
-    return (half_vec)_mm256_cvtph_ps(_mm_load_si128((const __m128i *)p));
-}
-INLINE half_vec hv_splat(const real *p) {
-    real_bits bits;
-    memcpy(&bits, p, sizeof(bits));
-    return (half_vec)(bits - (half_vec_bits){0});
-}
-INLINE half_vec hv_fma(half_vec a, half_vec b, half_vec c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vec v_of_halves(const half_vec x[2]) {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(x[0]), x[1], 1);
-}
-#else
-#define HAS_HALVES 0
-#endif
-
 /* Products of units: c + a b, or c + a0 b0 + a1 b1 in the CPU's own way. Units travel in a vec,
  * whatever they hold. v_splat_unit: the same unit in every lane, or only in the first, from where
  * the dot product of NEON takes it; so a is always such a splat. v_dot_where_counted: nothing from
@@ -559,6 +538,38 @@ INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
     return v_dot(BROADCASTS ? v_splat(*(const real *)unit) : v_splat_unit(unit), b, c);
 #endif
 }
+
+/* Vectors of 32 bytes for K of 16 bits that was turned over and stored (scores_stored.inc): unit i
+ * of eight keys out of x, the h-th eight that it has. With AVX-512 they are half as long as others.
+ */
+#if WIDE_F16 || (defined(FC_BF16) && defined(FC_AVX2))
+#define HAS_VEC8 1
+typedef real vec8 __attribute__((vector_size(32)));
+typedef real_bits vec8_bits __attribute__((vector_size(32)));
+INLINE vec8 v8_unit_of(const turned x[TURNED], int i, int h) {
+#ifdef FC_F16
+    return _mm256_cvtph_ps(((const __m128i *)&x[i])[h]);
+#else
+    return v_unit_of(x, i, h);
+#endif
+}
+INLINE vec8 v8_splat(const real *p) {
+    real_bits bits;
+    memcpy(&bits, p, sizeof(bits));
+    return (vec8)(bits - (vec8_bits){0});
+}
+INLINE vec8 v8_fma(vec8 a, vec8 b, vec8 c) { return _mm256_fmadd_ps(a, b, c); }
+/* W keys of such vectors. */
+INLINE vec v_of_vec8(const vec8 *x) {
+#if VEC_BYTES == 64
+    return _mm512_insertf32x8(_mm512_castps256_ps512(x[0]), x[1], 1);
+#else
+    return x[0];
+#endif
+}
+#else
+#define HAS_VEC8 0
+#endif
 
 /* Units of PARTS * W stored elements, in the order of place_of_unit: of a row of K v_widen has all,
  * of a row of V, or of the two of a pair, v_widen_part those of one part, which has PART_RUN of
