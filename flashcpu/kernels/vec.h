@@ -539,34 +539,32 @@ INLINE vec v_dot_unit(const elem *unit, vec b, vec c) {
 #endif
 }
 
-/* Vectors of 32 bytes for K of 16 bits that was turned over and stored (scores_stored.inc): unit i
- * of eight keys out of x, the h-th eight that it has. With AVX-512 they are half as long as others.
- */
+/* Vectors of eight for K of 16 bits that was turned over and stored (scores_stored.inc): with AVX2
+ * the usual ones, with AVX-512 half as long. Unit i of TURNED_KEYS keys, the h-th eight of them. */
 #if WIDE_F16 || (defined(FC_BF16) && defined(FC_AVX2))
 #define HAS_VEC8 1
+#if VEC_BYTES == 32
+typedef vec vec8;
+INLINE vec8 v8_unit_of(const turned x[TURNED], int i, int h) { return v_unit_of(x, i, h); }
+INLINE vec8 v8_splat(const real *p) { return v_splat_unit((const elem *)p); }
+INLINE vec8 v8_fma(vec8 a, vec8 b, vec8 c) { return v_fma(a, b, c); }
+INLINE vec v_of_vec8(const vec8 x[1]) { return x[0]; }
+#else
 typedef real vec8 __attribute__((vector_size(32)));
 typedef real_bits vec8_bits __attribute__((vector_size(32)));
 INLINE vec8 v8_unit_of(const turned x[TURNED], int i, int h) {
-#ifdef FC_F16
     return _mm256_cvtph_ps(((const __m128i *)&x[i])[h]);
-#else
-    return v_unit_of(x, i, h);
-#endif
 }
-INLINE vec8 v8_splat(const real *p) {
+INLINE vec8 v8_splat(const real *p) { /* as v_splat_unit */
     real_bits bits;
     memcpy(&bits, p, sizeof(bits));
     return (vec8)(bits - (vec8_bits){0});
 }
 INLINE vec8 v8_fma(vec8 a, vec8 b, vec8 c) { return _mm256_fmadd_ps(a, b, c); }
-/* W keys of such vectors. */
-INLINE vec v_of_vec8(const vec8 *x) {
-#if VEC_BYTES == 64
+INLINE vec v_of_vec8(const vec8 x[2]) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(x[0]), x[1], 1);
-#else
-    return x[0];
-#endif
 }
+#endif
 #else
 #define HAS_VEC8 0
 #endif

@@ -406,6 +406,7 @@ static const struct how ways[] = {
     {"few rows, in mixed order",        FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 2},
     {"few rows, every key asked for, in mixed order",
                                         3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 1, 2},
+    {"few rows, every key asked for",   3 * FC_BLOCK, FC_NV, 0, 1, 0, 0, 0, 1, 1},
     {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
     {"few rows apart, every key asked for",
                                         3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 1},
@@ -1268,7 +1269,8 @@ static void check_widening(const struct target *t) {
 }
 
 /* As scores_few reads them: one number in a key, at each place of a piece of K, with infinity and
- * NaN among the others, for as few rows as have the next piece turned over ahead, and for more. */
+ * NaN among the others, for few rows, which turn it over ahead, for all sorts of them, and for
+ * more; of one key, as rows_left of 0 says, the rows count as rows with gaps. */
 static void check_widening_few(const struct target *t) {
     const int lanes = t->kernels->lanes, most = MIN(13, FC_NV * lanes);
     enum { D = 8, FACTOR = 40503 /* odd: each number once */ };
@@ -1276,10 +1278,13 @@ static void check_widening_few(const struct target *t) {
     struct fc_strip strip = {.d = D, .dv = 1, .scale = 1};
     strip.qt = take(&scratch, (size_t)(most * whole(D, lanes)) * 4);
     strip.s = take(&scratch, most * FC_FEW_STRIDE((size_t)4));
-    const int rows[] = {1, most};
+    const struct {
+        int rows, rows_left;
+    } ways[] = {{1, 0}, {1, FC_SPAN}, {4, FC_SPAN}, {most, 0}, {most, FC_SPAN}};
     int right = 1;
-    for (int way = 0; way < COUNT(rows); way++) {
-        strip.nq = rows[way];
+    for (int way = 0; way < COUNT(ways); way++) {
+        strip.nq = ways[way].rows;
+        strip.rows_left = ways[way].rows_left;
         strip.nv = (strip.nq + lanes - 1) / lanes;
         for (int at = 0; at < D; at++) {
             char q[D * 4] = {0};
