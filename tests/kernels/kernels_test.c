@@ -1280,11 +1280,11 @@ static void check_widening_few(const struct target *t) {
     strip.s = take(&scratch, most * FC_FEW_STRIDE((size_t)4));
     const struct {
         int rows, rows_left;
-    } ways[] = {{1, 0}, {1, FC_SPAN}, {4, FC_SPAN}, {most, 0}, {most, FC_SPAN}};
+    } sorts[] = {{1, 0}, {1, FC_SPAN}, {4, FC_SPAN}, {most, 0}, {most, FC_SPAN}};
     int right = 1;
-    for (int way = 0; way < COUNT(ways); way++) {
-        strip.nq = ways[way].rows;
-        strip.rows_left = ways[way].rows_left;
+    for (int sort = 0; sort < COUNT(sorts); sort++) {
+        strip.nq = sorts[sort].rows;
+        strip.rows_left = sorts[sort].rows_left;
         strip.nv = (strip.nq + lanes - 1) / lanes;
         for (int at = 0; at < D; at++) {
             char q[D * 4] = {0};
