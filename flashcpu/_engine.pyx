@@ -86,6 +86,7 @@ cdef extern from "Python.h":
 
 cdef extern from "kernels/kernels.h" nogil:
     enum:
+        FC_ONE_LOAD
         FC_BLOCK
         FC_SPAN
         FC_NV
@@ -94,7 +95,7 @@ cdef extern from "kernels/kernels.h" nogil:
     Py_ssize_t FC_FEW_COLUMNS(Py_ssize_t d)
 
     struct fc_strip:
-        int nq, nv, d, dv, fresh, mixes, cold
+        int nq, nv, d, dv, fresh, mixes, cold, one_load
         int64_t rows_left
         const void *next_k
         const void *next_v
@@ -149,6 +150,7 @@ cdef extern from "kernels/kernels.h" nogil:
 
     const char *const *fc_isas()
     const double *fc_few_shares(const fc_storage *)
+    int fc_pipes()
     int fc_mixes()
     const char *fc_fastest_isa()
     const fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa)
@@ -182,8 +184,9 @@ cdef enum:
     SOON = 100
 
 
-# The order in which K and V are fetched where memory is the limit (fetch.inc has the figures).
-cdef int MIXES = fc_mixes()
+# What the kernels must know of the CPU: the order in which K and V are fetched where memory is the
+# limit (fetch.inc has the figures), and whether loads are (scores_in_blocks.inc).
+cdef int MIXES = fc_mixes(), ONE_LOAD = fc_pipes() == FC_ONE_LOAD
 
 
 cdef class Storage:
@@ -366,6 +369,7 @@ cdef Py_ssize_t lay_out(const Call *call, char *base, Workspace *into) noexcept 
     into.spans = carve(&at, call.spans * state_bytes(call))
     memset(&strip, 0, sizeof(fc_strip))
     strip.d, strip.dv, strip.scale = call.d, call.dv, call.scale
+    strip.mixes, strip.one_load = MIXES, ONE_LOAD
     if call.few:
         strip.s = carve(&at, spans * call.few * FC_FEW_STRIDE(real))
     else:
@@ -539,7 +543,6 @@ cdef int set_up_strip(const Call *call, const int64_t *item, const Workspace *wo
     if full[0] < n:
         call.kernels.see(strip, ends, key)
     strip.rows_left = item[ITEM_KEY1] - key
-    strip.mixes = MIXES
     strip.cold = strip.cold and key == item[ITEM_KEY0]
     return n
 

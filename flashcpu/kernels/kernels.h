@@ -39,6 +39,7 @@ struct fc_strip {
     int fresh;          /* the span has just been started: o is 0, whatever its memory holds */
     int mixes;          /* memory is faster in mixed order: fc_mixes() */
     int cold;           /* the first tile of an item of which nothing has been fetched yet */
+    int one_load;       /* of a vector of 64 bytes for two products: fc_pipes() is FC_ONE_LOAD */
     int64_t rows_left;  /* rows of K and V from the first of this tile on that will be read */
     const void *next_k; /* what is read after the last of them, or NULL */
     const void *next_v;
@@ -55,14 +56,18 @@ struct fc_strip {
     int soon_rows, soon_bytes;
 };
 
+/* What a CPU begins in a cycle, of vectors of 64 bytes: one product, two products and as many
+ * loads, two products and little more than one load (cpu.c). */
+enum { FC_ONE_PRODUCT, FC_TWO_PRODUCTS, FC_ONE_LOAD, FC_PIPES };
+
 /* How a dtype is stored, and moved into and out of an arithmetic. */
 struct fc_storage {
     const char *dtype, *arithmetic, *isa;
     int elem_size; /* bytes of a stored element */
     /* for so many query rows the kernels for few are faster: shares of the lanes of the vectors
-     * that would hold them, of one vector, two, ... a strip's, and of more; of CPUs that multiply
-     * one vector of 64 bytes a cycle, and of those that do two (fc_few_shares) */
-    double few_shares[2][FC_NV + 1];
+     * that would hold them, of one vector, two, ... a strip's, and of more; for CPUs of each kind
+     * of pipes (fc_few_shares) */
+    double few_shares[FC_PIPES][FC_NV + 1];
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
     void (*pack)(const struct fc_strip *, const void *const *rows);
@@ -126,6 +131,8 @@ const char *fc_fastest_isa(void);
 const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmetic,
                                          const char *isa);
 const struct fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa);
+/* Which of the kinds above this CPU is. */
+int fc_pipes(void);
 /* The shares of a table that are those of this CPU, FC_NV + 1 of them. */
 const double *fc_few_shares(const struct fc_storage *storage);
 /* Whether this CPU reads memory faster in mixed order (fetch.inc). */

@@ -387,6 +387,7 @@ struct how {
     int stage;    /* copy K and V tiles, also where that is not needed */
     int few;      /* the kernels for few query rows */
     int fetch;    /* what is read next: 1 in order, as few rows do anyway, 2 in mixed order */
+    int one_load; /* as on a CPU that loads one vector of 64 bytes for two products */
 };
 
 static const struct how plainly = {.name = "plainly", .tile = 2 * FC_BLOCK, .vectors = FC_NV};
@@ -410,6 +411,9 @@ static const struct how ways[] = {
     {"few rows apart, blocks alone",    FC_BLOCK,     FC_NV, 0, 0, 5, 1, 0, 1, 0},
     {"few rows apart, every key asked for",
                                         3 * FC_BLOCK, FC_NV, 0, 1, 1, 0, 0, 1, 1},
+    {"few rows, few loads",             FC_SPAN,      FC_NV, 0, 0, 0, 0, 0, 1, 2, 1},
+    {"few rows apart, few loads, every key asked for",
+                                        3 * FC_BLOCK, FC_NV, 0, 1, 3, 1, 0, 1, 1, 1},
 };
 /* clang-format on */
 
@@ -528,6 +532,7 @@ static void attend(const struct target *t, const struct problem *p, const struct
         strip.d = p->d;
         strip.dv = p->dv;
         strip.scale = p->scale;
+        strip.one_load = how->one_load;
         struct scratch scratch = {{0}, {0}, 0};
         const size_t line = (size_t)strip.nv * lanes * size;
         const size_t tile = (size_t)MAX(1, MIN(MIN(how->tile, FC_SPAN), keys));
