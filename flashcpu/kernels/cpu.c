@@ -57,10 +57,10 @@ const char *fc_fastest_isa(void) {
     return isas[strcmp(isas[0], "avx512_bf16") == 0 && is_slow_in_pairs()];
 }
 
-/* AMD's Zen 4 multiplies one vector of 64 bytes a cycle, Intel's servers two, and all of Intel's
- * CPUs count as such. Zen 5 does two as well, but was not measured: it counts as Zen 4. The servers
- * of Ice Lake load 16 such vectors out of L1 in 14.2 cycles, also where a number is spread into
- * each, and 16 of 32 bytes in 8; those of Sapphire Rapids load as many of both. */
+/* AMD's Zen 4 multiplies one vector of 64 bytes a cycle, Intel's servers two, and all others of
+ * Intel's CPUs count as such. Zen 5 does two as well, but was not measured: it counts as Zen 4. The
+ * servers of Ice Lake load 16 such vectors out of L1 in 14.2 cycles, also where a number is spread
+ * into each, but 16 of 32 bytes in 8. */
 int fc_pipes(void) {
 #if defined(__x86_64__)
     return __builtin_cpu_is("icelake-server") ? FC_ONE_LOAD

@@ -131,7 +131,7 @@ const char *fc_fastest_isa(void);
 const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmetic,
                                          const char *isa);
 const struct fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa);
-/* Which of the kinds above this CPU is. */
+/* Which kind this CPU is: FC_ONE_PRODUCT, FC_TWO_PRODUCTS, FC_ONE_LOAD. */
 int fc_pipes(void);
 /* The shares of a table that are those of this CPU, FC_NV + 1 of them. */
 const double *fc_few_shares(const struct fc_storage *storage);

@@ -1275,7 +1275,8 @@ static void check_widening(const struct target *t) {
 
 /* As scores_few reads them: one number in a key, at each place of a piece of K, with infinity and
  * NaN among the others, for few rows, which turn it over ahead, for all sorts of them, and for
- * more; of one key, as rows_left of 0 says, the rows count as rows with gaps. */
+ * more, also on a CPU of few loads; of one key, as rows_left of 0 says, the rows count as rows with
+ * gaps. */
 static void check_widening_few(const struct target *t) {
     const int lanes = t->kernels->lanes, most = MIN(13, FC_NV * lanes);
     enum { D = 8, FACTOR = 40503 /* odd: each number once */ };
@@ -1284,12 +1285,14 @@ static void check_widening_few(const struct target *t) {
     strip.qt = take(&scratch, (size_t)(most * whole(D, lanes)) * 4);
     strip.s = take(&scratch, most * FC_FEW_STRIDE((size_t)4));
     const struct {
-        int rows, rows_left;
-    } sorts[] = {{1, 0}, {1, FC_SPAN}, {4, FC_SPAN}, {most, 0}, {most, FC_SPAN}};
+        int rows, rows_left, one_load;
+    } sorts[] = {{1, 0, 0},    {1, FC_SPAN, 0},    {4, FC_SPAN, 0},
+                 {most, 0, 0}, {most, FC_SPAN, 0}, {most, FC_SPAN, 1}};
     int right = 1;
     for (int sort = 0; sort < COUNT(sorts); sort++) {
         strip.nq = sorts[sort].rows;
         strip.rows_left = sorts[sort].rows_left;
+        strip.one_load = sorts[sort].one_load;
         strip.nv = (strip.nq + lanes - 1) / lanes;
         for (int at = 0; at < D; at++) {
             char q[D * 4] = {0};
