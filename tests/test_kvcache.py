@@ -278,6 +278,13 @@ def test_a_cache_can_be_appended_to_itself(page, view, crossed, rng, monkeypatch
     assert_same_bits(cache.values[1, :, 3:42], v[0, :, :39])
 
 
+def test_keys_and_values_begin_with_a_cache_line_or_a_huge_page():
+    for capacity in [*range(1, 200, 7), 1 << 13]:
+        cache = KVCache(1, 3, 64, 16, dtype=np.float16, capacity=capacity)
+        assert cache.keys.ctypes.data % 64 == cache.values.ctypes.data % 64 == 0
+    assert cache.keys.ctypes.data % kvcache.HUGE_PAGE == 0
+
+
 def test_any_layout_can_be_appended(rng):
     _, k, v = sequence(rng, 2, 1, 2, 5)
     cache = KVCache(2, 2, 16, 9)
@@ -388,12 +395,12 @@ def test_an_append_without_memory_for_the_values_alone_changes_nothing(rng, monk
     _, k, v = sequence(rng, 1, 1, 1, 70)
     cache = filled(k, v)
 
-    def no_values(shape, dtype, memory=np.empty):
+    def no_values(shape, dtype, memory=kvcache._memory):
         if shape[-1] == 9:
-            raise MemoryError
+            raise MemoryError("no memory for a KV cache")
         return memory(shape, dtype)
 
-    monkeypatch.setattr(kvcache.np, "empty", no_values)
+    monkeypatch.setattr(kvcache, "_memory", no_values)
     failing(
         cache, MemoryError, "no memory for a KV cache", "append", *[x.repeat(2, 2) for x in (k, v)]
     )
