@@ -395,12 +395,15 @@ def test_an_append_without_memory_for_the_values_alone_changes_nothing(rng, monk
     _, k, v = sequence(rng, 1, 1, 1, 70)
     cache = filled(k, v)
 
-    def no_values(shape, dtype, memory=kvcache._memory):
-        if shape[-1] == 9:
-            raise MemoryError("no memory for a KV cache")
-        return memory(shape, dtype)
+    memory, sizes = np.empty, []
 
-    monkeypatch.setattr(kvcache, "_memory", no_values)
+    def no_values(size, dtype):
+        sizes.append(size)
+        if len(sizes) == 2:
+            raise MemoryError
+        return memory(size, dtype)
+
+    monkeypatch.setattr(kvcache.np, "empty", no_values)
     failing(
         cache, MemoryError, "no memory for a KV cache", "append", *[x.repeat(2, 2) for x in (k, v)]
     )
