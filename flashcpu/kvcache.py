@@ -26,7 +26,8 @@ class KVCache:
     ``cache.append(k, v)``, then ``out = cache.attend(q)``: the last query stands at the last key.
     However a sequence was cut into such steps, the bits are those of one causal prefill; where a
     window hides keys, those of `attention` over the window alone. Not safe to use from several
-    threads at once while one of them changes it.
+    threads at once while one of them changes it. Copies, by `copy` or pickle, have memory of their
+    own.
 
     Parameters
     ----------
@@ -120,6 +121,22 @@ class KVCache:
         self._k = _memory((B, Hkv, capacity, D), dtype)
         self._v = _memory((B, Hkv, capacity, Dv), dtype)
 
+    def __getstate__(self):
+        """For copies, also shallow ones, and pickles: all but the memory that holds nothing."""
+        state = dict(self.__dict__)
+        memory = state.pop("_k"), state.pop("_v")
+        held = [[m[:, :n] for m, n in zip(x, self._held(), strict=True)] for x in memory]
+        return state, [(x.shape, x.dtype.type) for x in memory], held
+
+    def __setstate__(self, state):
+        state, kinds, held = state
+        self.__dict__.update(state)
+        memory = [_memory(shape, _dtype_to_store(kind)) for shape, kind in kinds]
+        for stored, members in zip(memory, held, strict=True):
+            for member, rows in zip(stored, members, strict=True):
+                member[:, : rows.shape[1]] = rows
+        self._k, self._v = memory
+
     # What is there
 
     @property
@@ -199,6 +216,8 @@ class KVCache:
             capacity holds.
         TypeError
             For other dtypes and for masked arrays.
+        FloatingPointError
+            For what is beyond float16, under ``np.errstate(over="raise")``.
         MemoryError
             If there is no memory to grow.
         """
@@ -213,17 +232,18 @@ class KVCache:
             )
         counts = self._per_member(count, "count", n, n)
         lengths = list(map(operator.add, self._lengths, counts))
-        # What can fail comes before what changes: rounding may raise under np.errstate.
+        # What can fail comes before what changes: rounding may raise under np.errstate. And all
+        # changes at once, at the end, for a signal handler may raise anywhere.
         k, v = self._to_store(k, counts), self._to_store(v, counts)
-        self._make_room(lengths)
-        ends = list(map(operator.sub, lengths, self._start))
-        for stored, new in ((self._k, k), (self._v, v)):
+        memory, start = self._room_for(lengths)
+        ends = list(map(operator.sub, lengths, start))
+        for stored, new in zip(memory, (k, v), strict=True):
             if _alike(ends) and _alike(counts):
                 stored[:, :, ends[0] - counts[0] : ends[0]] = new
             else:
                 for b, (end, real) in enumerate(zip(ends, counts, strict=True)):
                     stored[b, :, end - real : end] = new[b]
-        self._lengths = lengths
+        (self._k, self._v), self._start, self._lengths = memory, start, lengths
 
     def truncate(self, length):
         """Keep the first `length` positions of each member, and forget those behind.
@@ -290,7 +310,7 @@ class KVCache:
             The last real query stands at the member's last position. Rows behind are padding:
             they are written and mean nothing.
         causal : bool, default True
-            A query sees the keys up to its position. False: all that are stored.
+            A query sees the keys up to its position. False: all, with a window the last of them.
         scale, return_lse, out, threads, tiles
             As in `attention`.
 
@@ -313,7 +333,7 @@ class KVCache:
         Several causal queries of which a window hides keys see different keys, and cost a call of
         `attention` each.
         """
-        q = np.asanyarray(q)
+        q = problem.as_array(q, "q", "its data, and count")
         B, Hkv, _, D = self._k.shape
         if q.ndim != 4 or q.shape[0] != B or q.shape[1] % Hkv or q.shape[3] != D:
             raise ValueError(
@@ -397,8 +417,8 @@ class KVCache:
         """An array to store: checked for its dtype, and apart from the cache's own memory."""
         array = problem.as_array(array, name, "its data, and count")
         if array.dtype != self.dtype:
-            dtype = array.dtype.newbyteorder("=")
-            if dtype != self.dtype and not (dtype == np.float32 and self.dtype.name in ROUNDED):
+            found, stored = array.dtype.name, self.dtype.name  # of any byte order
+            if found != stored and not (found == "float32" and stored in ROUNDED):
                 raise TypeError(f"{name} has dtype {array.dtype}, the cache stores {self.dtype}")
         return array.copy() if self._may_share(array) else array
 
@@ -425,8 +445,9 @@ class KVCache:
         """Rows of memory that hold a position, of each member."""
         return list(map(operator.sub, self._lengths, self._start))
 
-    def _make_room(self, lengths):
-        """Memory for these lengths: what there is, or new, with everything that is to be kept.
+    def _room_for(self, lengths):
+        """Memory for these lengths, and the first position of each member in it: what there is, or
+        new, with everything that is to be kept.
 
         Old memory is never moved in, so that views of it stay what they were. New memory is for
         twice what is needed: over all growth less than one copy a position, and an append after a
@@ -435,7 +456,7 @@ class KVCache:
         as it keeps.
         """
         if max(map(operator.sub, lengths, self._start)) <= self.capacity:
-            return
+            return (self._k, self._v), self._start
         # The window as it was before this append: its first new query sees that, and so all of the
         # append can be rewound.
         start = [max(s, n - self._reach) for s, n in zip(self._start, self._lengths, strict=True)]
@@ -460,7 +481,7 @@ class KVCache:
                 zip(start, self._start, self._lengths, strict=True)
             ):
                 new[b, :, : length - kept] = old[b, :, kept - held : length - held]
-        self._k, self._v, self._start = k, v, start
+        return (k, v), start
 
     def _go_back(self, lengths):
         """Set the lengths to smaller ones, if all that their windows see is there."""

@@ -337,7 +337,7 @@ def output(out, problem, dtype):
     for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
         if n > 1 and out.size:
             if stride < extent:
-                raise ValueError(f"out has elements that share memory (strides {out.strides})")
+                raise ValueError(f"out may have elements that share memory (strides {out.strides})")
             extent += (n - 1) * stride
     return out
 

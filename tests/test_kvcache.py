@@ -1,5 +1,6 @@
 """KVCache: what was appended is what is attended, in the bits of one causal prefill."""
 
+import copy
 import doctest
 import pickle
 
@@ -294,12 +295,41 @@ def test_any_layout_can_be_appended(rng):
     assert_same_bits(cache.values, np.concatenate([v, v], axis=2))
 
 
-def test_a_copy_by_pickle_is_the_same_cache(rng):
-    q, k, v = sequence(rng, 2, 2, 2, 50)
-    cache = filled(k, v)
-    again = pickle.loads(pickle.dumps(cache))
-    assert content(again) == content(cache)
-    assert_same_bits(again.attend(q), cache.attend(q))
+def out_of_band(cache):
+    """A copy by pickle whose numbers lie in memory that cannot be written."""
+    buffers = []
+    stream = pickle.dumps(cache, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(stream, buffers=[bytes(buffer) for buffer in buffers])
+
+
+@storage
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), out_of_band],
+    ids=["copy", "deepcopy", "pickle", "out of band"],
+)
+def test_a_copy_is_the_same_cache_with_memory_of_its_own(copied, dtype, rng):
+    dtype = stored_dtype(dtype)
+    q, k, v = (x.astype(dtype) for x in sequence(rng, 2, 2, 1, 50))
+    cache = KVCache(2, 1, 16, 9, dtype=dtype, window=40)
+    for _ in range(3):
+        cache.append(k, v, [50, 20])
+    assert cache.start.tolist() == [60, 0]
+    before = content(cache)
+    again = copied(cache)
+    assert content(again) == before
+    assert again.keys.dtype is cache.keys.dtype
+    assert again.keys.ctypes.data % 64 == again.values.ctypes.data % 64 == 0
+    assert_same_bits(again.attend(q[:, :, :20]), cache.attend(q[:, :, :20]))
+    again.append(q[:, :1], v)
+    assert content(cache) == before
+    again = copied(cache)
+    cache.append(q[:, :1], v)
+    assert content(again) == before
+
+
+def test_a_copy_does_not_have_what_was_never_stored():
+    assert len(pickle.dumps(KVCache(1, 8, 64, capacity=4096))) < 1000
 
 
 # Going back
@@ -357,6 +387,7 @@ def test_a_failed_append_changes_nothing(rng):
     _, k, v = sequence(rng, 2, 1, 2, 20)
     cache = KVCache(2, 2, 16, 9, capacity=30)
     cache.append(k, v, [20, 5])
+    text = getattr(np.dtypes, "StringDType", np.dtypes.StrDType)()  # NumPy 2; it has no byte order
     for new_k, new_v, count, error, match in (
         (k, v, None, ValueError, r"member 0 has length 20 .* 40: .* beyond the capacity 30"),
         (k, v, [11, 0], ValueError, r"member 0 has length 20 .* 31: .* beyond the capacity 30"),
@@ -372,6 +403,7 @@ def test_a_failed_append_changes_nothing(rng):
         (k, v.astype(np.float64), 1, TypeError, "v has dtype float64, the cache stores float32"),
         (k.astype(np.float16), v, 1, TypeError, "k has dtype float16, the cache stores float32"),
         (k.astype(int), v, 1, TypeError, "k has dtype int64, the cache stores float32"),
+        (k.astype(text), v, 1, TypeError, "k has dtype .*, the cache stores float32"),
         (np.ma.masked_array(k), v, 1, TypeError, "k is a masked array"),
         (k, [[1.0], [1.0, 2.0]], 1, ValueError, "v is not an array"),
         (k, v, np.ma.array([1, 3], mask=[0, 1]), TypeError, "count is a masked array"),
@@ -407,6 +439,33 @@ def test_an_append_without_memory_for_the_values_alone_changes_nothing(rng, monk
     failing(
         cache, MemoryError, "no memory for a KV cache", "append", *[x.repeat(2, 2) for x in (k, v)]
     )
+
+
+def test_an_interrupted_append_changes_nothing(rng, monkeypatch):
+    """A signal handler may raise anywhere, also between new memory and what is to be in it."""
+    _, k, v = sequence(rng, 2, 1, 1, 32)
+    alike = kvcache._alike
+    for calls in range(20):
+        cache = filled(k, v, window=4)
+        cache.append(k, v)
+        left = iter(range(calls))
+
+        def interrupted(numbers, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return alike(numbers)
+
+        before = content(cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(kvcache, "_alike", interrupted)
+            try:
+                cache.append(k, v, [32, 31])
+                break
+            except KeyboardInterrupt:
+                assert content(cache) == before
+        cache.rewind(32)
+    assert calls >= 4
+    assert cache.lengths.tolist() == [96, 95]
 
 
 def test_a_float_that_cannot_be_stored_changes_nothing():
@@ -445,8 +504,10 @@ def test_attend_needs_queries_that_fit(rng):
         cache.attend(q[:, :3], count=[20, 5])
     with pytest.raises(TypeError):
         cache.attend(q.astype(np.float64), count=[20, 5])
-    with pytest.raises(TypeError, match="masked"):
+    with pytest.raises(TypeError, match="q is a masked array; pass its data, and count"):
         cache.attend(np.ma.masked_array(q), count=[20, 5])
+    with pytest.raises(ValueError, match="q is not an array"):
+        cache.attend([[1.0], [1.0, 2.0]])
     with pytest.raises(ValueError, match="count must be between 0 and 20"):
         cache.attend(q, count=21)
 
