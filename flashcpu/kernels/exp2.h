@@ -16,28 +16,20 @@
 
 #if defined(FC_PAIRS)
 /* The weights are rounded to bf16, by up to 2^-8: degree 4 errs by 2^-17. */
-#define EXP2_BIAS 127
-#define EXP2_DEGREE 4
-static const real exp2_g[EXP2_DEGREE] = {0x1.62e2d2p-1f, 0x1.ebfb3ep-3f, 0x1.c96d5ep-5f,
-                                         0x1.3c6e5cp-7f};
-#define EXP2_MAGIC (0x1.8p23f + EXP2_BIAS)
+static const real exp2_g[] = {0x1.62e2d2p-1f, 0x1.ebfb3ep-3f, 0x1.c96d5ep-5f, 0x1.3c6e5cp-7f};
 #elif FC_REAL == 32
-#define EXP2_BIAS 127
-#define EXP2_DEGREE 6
-static const real exp2_g[EXP2_DEGREE] = {
+static const real exp2_g[] = {
     0x1.62e43p-1f, 0x1.ebfbep-3f, 0x1.c6af6cp-5f, 0x1.3b2a54p-7f, 0x1.5f089p-10f, 0x1.44138ap-13f,
 };
-#define EXP2_MAGIC (0x1.8p23f + EXP2_BIAS)
 #else
-#define EXP2_BIAS 1023
-#define EXP2_DEGREE 11
-static const real exp2_g[EXP2_DEGREE] = {
+static const real exp2_g[] = {
     0x1.62e42fefa39efp-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d704a0c2p-5,  0x1.3b2ab6fba1ddap-7,
     0x1.5d87fe78a5276p-10, 0x1.430913096fd9fp-13, 0x1.ffcbfc670dcd4p-17, 0x1.62bfd47773353p-20,
     0x1.b524fae627834p-24, 0x1.e6063f7217bc6p-28, 0x1.e9d3fe3952179p-32,
 };
-#define EXP2_MAGIC (0x1.8p52 + EXP2_BIAS)
 #endif
+enum { EXP2_DEGREE = sizeof(exp2_g) / sizeof(*exp2_g), EXP2_BIAS = FC_REAL == 32 ? 127 : 1023 };
+#define EXP2_MAGIC ((real)(3ll << (MANTISSA_BITS - 1)) + EXP2_BIAS)
 
 /* n vectors at once, step by step: the steps of one vector wait for each other, those of n
  * vectors overlap without filling the scheduler. */

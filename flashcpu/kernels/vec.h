@@ -1,8 +1,8 @@
 /* The vector vocabulary of tile.inc, ring.inc, storage.inc and decode.inc. The only file that
  * knows an instruction set; constants of a type are also in exp2.h.
  *
- * A stub (isa/<dtype>_<isa>.c) defines FC_REAL as 32 or 64 and FC_F16 or FC_BF16 if numbers are
- * stored so; isa/<isa>.h one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR, and FC_PAIRS if it has the
+ * A stub (isa/<dtype>_<isa>.c) defines FC_F64, FC_F16 or FC_BF16, or for float32 nothing;
+ * isa/<isa>.h one of FC_AVX512, FC_AVX2, FC_NEON, FC_SCALAR, and FC_PAIRS if it has the
  * dot product of bf16. Every type here is a GCC vector type, so + - * / mean the lane-wise IEEE
  * operations and are used as such. */
 #ifndef FLASHCPU_VEC_H
@@ -13,18 +13,25 @@
 #include <stdint.h>
 #include <string.h>
 
-#if FC_REAL == 32
-typedef float real;
-typedef int32_t real_bits;
-#define MANTISSA_BITS 23
-#else
+#ifdef FC_F64
+#define FC_REAL 64
 typedef double real;
 typedef int64_t real_bits;
 #define MANTISSA_BITS 52
+#else
+#define FC_REAL 32
+typedef float real;
+typedef int32_t real_bits;
+#define MANTISSA_BITS 23
 #endif
-#if defined(FC_F16) || defined(FC_BF16)
+#if defined(FC_BF16)
+#define FC_DTYPE bf16
+typedef uint16_t elem;
+#elif defined(FC_F16)
+#define FC_DTYPE f16
 typedef uint16_t elem;
 #else
+#define FC_DTYPE FC_ARITHMETIC
 typedef real elem;
 #endif
 

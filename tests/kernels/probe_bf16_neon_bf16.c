@@ -1,4 +1,3 @@
 #include "isa/neon_bf16.h"
-#define FC_REAL 32
 #define FC_BF16
 #include "probe.inc"

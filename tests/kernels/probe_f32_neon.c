@@ -1,3 +1,2 @@
 #include "isa/neon.h"
-#define FC_REAL 32
 #include "probe.inc"

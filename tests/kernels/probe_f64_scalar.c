@@ -1,3 +1,3 @@
 #include "isa/scalar.h"
-#define FC_REAL 64
+#define FC_F64
 #include "probe.inc"

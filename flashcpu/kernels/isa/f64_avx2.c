@@ -1,6 +1,3 @@
 #include "avx2.h"
-#ifdef FC_ISA
-#define FC_REAL 64
-#define FC_DTYPE f64
+#define FC_F64
 #include "../tile.inc"
-#endif

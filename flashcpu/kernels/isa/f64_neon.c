@@ -1,8 +1,5 @@
 #include "neon.h"
-#ifdef FC_ISA
 /* Before registers are given out GCC 12 moves all broadcasts to the front, and spills. */
 #pragma GCC optimize("no-schedule-insns")
-#define FC_REAL 64
-#define FC_DTYPE f64
+#define FC_F64
 #include "../tile.inc"
-#endif

@@ -1,4 +1,3 @@
 #include "scalar.h"
-#define FC_REAL 64
-#define FC_DTYPE f64
+#define FC_F64
 #include "../tile.inc"
