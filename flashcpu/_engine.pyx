@@ -87,6 +87,7 @@ cdef extern from "Python.h":
 cdef extern from "kernels/kernels.h" nogil:
     enum:
         FC_ONE_LOAD
+        FC_PIPES
         FC_BLOCK
         FC_SPAN
         FC_NV
@@ -117,6 +118,7 @@ cdef extern from "kernels/kernels.h" nogil:
     struct fc_storage:
         const char *isa
         int elem_size
+        double few_shares[FC_PIPES][FC_NV + 1]
         void (*pack)(const fc_strip *, const void *const *) noexcept nogil
         void (*finish)(const fc_strip *, void *const *, void *const *) noexcept nogil
         void (*stage_rows)(void *, const void *, ptrdiff_t, int, int) noexcept nogil
@@ -149,7 +151,6 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*flush_loop)(const void *, size_t) noexcept nogil
 
     const char *const *fc_isas()
-    const double *fc_few_shares(const fc_storage *)
     int fc_pipes()
     int fc_mixes()
     const char *fc_fastest_isa()
@@ -200,7 +201,7 @@ cdef class Storage:
         self.table = fc_find_storage(dtype.encode(), arithmetic.encode(), isa.encode())
         if self.table is NULL:
             raise ValueError(f"no {dtype} storage for {arithmetic} on {isa!r}, or not on this CPU")
-        self.few_shares = tuple([fc_few_shares(self.table)[i] for i in range(FC_NV + 1)])
+        self.few_shares = tuple([self.table.few_shares[fc_pipes()][i] for i in range(FC_NV + 1)])
         self.line = self.table.line
         self.ring_k, self.ring_v = self.table.ring_k, self.table.ring_v
 

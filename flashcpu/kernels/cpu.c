@@ -71,10 +71,6 @@ int fc_pipes(void) {
 #endif
 }
 
-const double *fc_few_shares(const struct fc_storage *storage) {
-    return storage->few_shares[fc_pipes()];
-}
-
 /* Intel's servers do, all that have AVX-512; others were not measured. */
 int fc_mixes(void) {
 #if defined(__x86_64__)

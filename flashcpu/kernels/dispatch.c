@@ -16,10 +16,10 @@
 #define ISAS(X, ...) X(scalar, __VA_ARGS__)
 #endif
 #define KERNELS(X) BF16(X, fc_kernels, bf16) ISAS(X, fc_kernels, f32) ISAS(X, fc_kernels, f64)
-#define STORAGES(X)                                                                        \
-    BF16(X, fc_storage, bf16_bf16)                                                         \
-    ISAS(X, fc_storage, f32_f32) ISAS(X, fc_storage, f64_f64) ISAS(X, fc_storage, f16_f32) \
-        ISAS(X, fc_storage, bf16_f32)
+#define STORAGES(X)                \
+    BF16(X, fc_storage, bf16_bf16) \
+    ISAS(X, fc_storage, f32_f32)   \
+    ISAS(X, fc_storage, f64_f64) ISAS(X, fc_storage, f16_f32) ISAS(X, fc_storage, bf16_f32)
 #define DECLARE(isa, what, dtype) extern const struct what what##_##dtype##_##isa;
 #define ENTRY(isa, what, dtype) &what##_##dtype##_##isa,
 

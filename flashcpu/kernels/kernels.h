@@ -12,9 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The maximum is updated, and o and l are rescaled, once a block of keys. Share of the FMA rate in
- * f32 at L = 2048, D = 64 and 128:  32: 0.865 0.854   64: 0.870 0.858   128: 0.867 0.849, all the
- * same. */
+/* The maximum is updated, and o and l are rescaled, once a block of keys; 32 and 128 are as fast.
+ */
 #define FC_BLOCK 64
 /* Every span of keys starts from (m, l, o) = (-inf, 0, 0); spans are merged left to right. Within a
  * span the sum of an output is one chain of roundings, so long spans are less exact. Largest error
@@ -66,7 +65,7 @@ struct fc_storage {
     int elem_size; /* bytes of a stored element */
     /* for so many query rows the kernels for few are faster: shares of the lanes of the vectors
      * that would hold them, of one vector, two, ... a strip's, and of more; for CPUs of each kind
-     * of pipes (fc_few_shares) */
+     * of pipes (fc_pipes) */
     double few_shares[FC_PIPES][FC_NV + 1];
 
     /* qt <- scale * rows; one pointer a lane, also for lanes beyond nq (to any row) */
@@ -133,8 +132,6 @@ const struct fc_storage *fc_find_storage(const char *dtype, const char *arithmet
 const struct fc_kernels *fc_find_kernels(const char *arithmetic, const char *isa);
 /* Which kind this CPU is: FC_ONE_PRODUCT, FC_TWO_PRODUCTS, FC_ONE_LOAD. */
 int fc_pipes(void);
-/* The shares of a table that are those of this CPU, FC_NV + 1 of them. */
-const double *fc_few_shares(const struct fc_storage *storage);
 /* Whether this CPU reads memory faster in mixed order (fetch.inc). */
 int fc_mixes(void);
 

@@ -53,35 +53,29 @@ typedef real elem;
 #include <immintrin.h>
 #define VEC_BYTES 64
 #define REGISTERS 32
-#define MR 8 /* 24 accumulators */
 #define HAS_FMA 1
 #elif defined(FC_AVX2)
 #include <immintrin.h>
 #define VEC_BYTES 32
 #define REGISTERS 16
-#define MR 4 /* 12 accumulators */
 #define HAS_FMA 1
 #elif defined(FC_NEON)
 #include <arm_neon.h>
 #define VEC_BYTES 16
 #define REGISTERS 32
-#define MR 8 /* 24 accumulators */
 #define HAS_FMA 1
 #elif defined(FC_SCALAR)
 /* Four lanes in portable C; GCC lowers them to whatever the baseline has. No FMA: the bits differ
  * from those of the other instruction sets. */
 #define VEC_BYTES 16
 #define REGISTERS 16
-#define MR 4
 #define HAS_FMA 0
 #endif
 
+/* Keys, or columns of V, of a register tile: 24 or 12 accumulators with FC_NV vectors. */
+#define MR (REGISTERS > 16 ? 8 : 4)
 /* Whether a product takes a number out of memory into all its lanes by itself. */
-#if defined(FC_AVX512)
-#define BROADCASTS 1
-#else
-#define BROADCASTS 0
-#endif
+#define BROADCASTS (VEC_BYTES == 64)
 
 /* f16 in vectors wider than NEON's: widened beside products, and rows are slower than memory with
  * fewer of them than in other types. */
@@ -297,8 +291,6 @@ INLINE void v_store_elems_n(elem *p, vec x, int n) {
  * PIECE * PACKED elements. */
 #define PIECE ((int)(16 / sizeof(real)))
 #define PACKED ((int)(sizeof(real) / sizeof(elem)))
-typedef real piece __attribute__((vector_size(16)));
-typedef uint32_t piece_bits __attribute__((vector_size(16)));
 typedef real piece_unaligned __attribute__((vector_size(16), aligned(sizeof(elem)), may_alias));
 
 #ifdef FC_BF16
@@ -354,41 +346,32 @@ INLINE turned v_load_pieces(const char *const at[STARTS], ptrdiff_t ld, int i) {
 /* Interleaved: what two vectors begin with, and what they end with. */
 #if VEC_BYTES == 64 && FC_REAL == 32
 #define ZIP_LO (vec_bits){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
-#define ZIP_HI (vec_bits){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
 #elif VEC_BYTES / (FC_REAL / 8) == 8
 #define ZIP_LO (vec_bits){0, 8, 1, 9, 2, 10, 3, 11}
-#define ZIP_HI (vec_bits){4, 12, 5, 13, 6, 14, 7, 15}
 #elif VEC_BYTES / (FC_REAL / 8) == 4
 #define ZIP_LO (vec_bits){0, 4, 1, 5}
-#define ZIP_HI (vec_bits){2, 6, 3, 7}
 #else
 #define ZIP_LO (vec_bits){0, 2}
-#define ZIP_HI (vec_bits){1, 3}
 #endif
+#define ZIP_HI (ZIP_LO + W / 2)
 
 /* The same inside every 16 bytes. */
 #if defined(FC_F16) && TURNED_BYTES == 32
 #define TURN_LO (turned){0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27}
-#define TURN_HI (turned){4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31}
 #elif defined(FC_F16)
 #define TURN_LO (turned){0, 8, 1, 9, 2, 10, 3, 11}
-#define TURN_HI (turned){4, 12, 5, 13, 6, 14, 7, 15}
 #elif VEC_BYTES == 64 && FC_REAL == 32
 #define TURN_LO (vec_bits){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}
-#define TURN_HI (vec_bits){2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31}
 #elif VEC_BYTES == 64
 #define TURN_LO (vec_bits){0, 8, 2, 10, 4, 12, 6, 14}
-#define TURN_HI (vec_bits){1, 9, 3, 11, 5, 13, 7, 15}
 #elif VEC_BYTES == 32 && FC_REAL == 32
 #define TURN_LO (vec_bits){0, 8, 1, 9, 4, 12, 5, 13}
-#define TURN_HI (vec_bits){2, 10, 3, 11, 6, 14, 7, 15}
 #elif VEC_BYTES == 32
 #define TURN_LO (vec_bits){0, 4, 2, 6}
-#define TURN_HI (vec_bits){1, 5, 3, 7}
 #else
 #define TURN_LO ZIP_LO
-#define TURN_HI ZIP_HI
 #endif
+#define TURN_HI (TURN_LO + 8 / (int)sizeof((turned){0}[0])) /* half of 16 bytes on */
 /* One of the log2 n rounds that turn n vectors over: number i is interleaved with i + n / 2. */
 #define INTERLEAVE(type, n, x, lo, hi)                                             \
     do {                                                                           \
