@@ -1623,13 +1623,9 @@ static void check_dtype(const char *stored, const char *arithmetic, const char *
     struct target targets[8] = {{0}};
     int count = 0;
     for (int i = 0; isas[i]; i++) {
-        /* An instruction set has tables of those after it: each table once, by its own name. */
+        /* An instruction set has tables of those after it: each table by its own name. */
         const struct fc_kernels *kernels = fc_find_kernels(arithmetic, isas[i]);
-        int known = 0;
-        for (int j = 0; j < count; j++) {
-            known |= targets[j].kernels == kernels;
-        }
-        if (!kernels || known) {
+        if (!kernels || strcmp(kernels->isa, isas[i]) != 0) {
             continue;
         }
         struct target *t = &targets[count++];
