@@ -125,7 +125,8 @@ class KVCache:
         """For copies, also shallow ones, and pickles: all but the memory that holds nothing."""
         state = dict(self.__dict__)
         memory = state.pop("_k"), state.pop("_v")
-        held = [[m[:, :n] for m, n in zip(x, self._held(), strict=True)] for x in memory]
+        counts = list(map(operator.sub, state["_lengths"], state["_start"]))
+        held = [[m[:, :n] for m, n in zip(x, counts, strict=True)] for x in memory]
         return state, [(x.shape, x.dtype.type) for x in memory], held
 
     def __setstate__(self, state):
@@ -215,9 +216,9 @@ class KVCache:
             For shapes that do not fit, a count outside 0 to n, and more positions than a fixed
             capacity holds.
         TypeError
-            For other dtypes and for masked arrays.
+            For other dtypes, for masked arrays, and for a count that is no integer.
         FloatingPointError
-            For what is beyond float16, under ``np.errstate(over="raise")``.
+            For what is beyond float16, or too small for it, under ``np.errstate(all="raise")``.
         MemoryError
             If there is no memory to grow.
         """
@@ -310,7 +311,8 @@ class KVCache:
             The last real query stands at the member's last position. Rows behind are padding:
             they are written and mean nothing.
         causal : bool, default True
-            A query sees the keys up to its position. False: all, with a window the last of them.
+            A query sees the keys up to its position. False: all that are stored; with a window the
+            last `window` of them, whichever the query.
         scale, return_lse, out, threads, tiles
             As in `attention`.
 
@@ -324,9 +326,12 @@ class KVCache:
         Raises
         ------
         ValueError
-            For shapes that do not fit, and for real causal queries that would stand before a
-            member's first position: append comes first. For queries before the last append whose
-            window is no longer held.
+            For shapes that do not fit, for a count outside 0 to Lq, and for real causal queries
+            that would stand before a member's first position: append comes first. With a window,
+            for queries before the last append, where what their windows begin with was dropped.
+        TypeError
+            For dtypes that `attention` does not take with those stored, for masked arrays, and for
+            options of the wrong type.
 
         Notes
         -----

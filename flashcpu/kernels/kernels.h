@@ -12,8 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The maximum is updated, and o and l are rescaled, once a block of keys; 32 and 128 are as fast.
- */
+/* The maximum is updated, and o and l are rescaled, once a block of keys (32, 128: as fast). */
 #define FC_BLOCK 64
 /* Every span of keys starts from (m, l, o) = (-inf, 0, 0); spans are merged left to right. Within a
  * span the sum of an output is one chain of roundings, so long spans are less exact. Largest error
