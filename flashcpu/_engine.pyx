@@ -29,6 +29,7 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
+from cpython.ref cimport Py_INCREF
 cimport numpy as cnp
 cimport openmp
 
@@ -82,6 +83,12 @@ cdef extern from "<fenv.h>" nogil:
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
+
+
+cdef extern from "numpy/arrayobject.h":
+    enum:
+        NPY_MAXDIMS
+    object PyArray_Empty(int, cnp.npy_intp *, cnp.PyArray_Descr *, int)
 
 
 cdef extern from "kernels/kernels.h" nogil:
@@ -804,18 +811,22 @@ cdef class Prepared:
     """A call but for where its arrays lie: made once for the same question, run many times.
 
     strides: bytes of (q head, q row, k head, k row, v head, v row, out head, out row). shape:
-    (Hq, G, Lq, D, Dv). plan: plan.Plan. Everything was checked in problem.py.
+    (Hq, G, Lq, D, Dv). plan: plan.Plan. out_shape: that of a result that is made here. Everything
+    was checked in problem.py.
     """
 
     cdef Call call
     cdef const int64_t[:, ::1] members, items
+    cdef cnp.npy_intp out_lengths[NPY_MAXDIMS]
+    cdef int out_axes
     cdef readonly Py_ssize_t chains  # of items that hand on a state
     cdef readonly int threads  # so many will run
     cdef readonly Py_ssize_t workspace_bytes  # scratch of one thread
 
     def __cinit__(self, Kernels kernels, Storage rows, Storage stored, strides, shape, plan,
-                  double scale, bint causal):
+                  double scale, bint causal, tuple out_shape):
         cdef Workspace unplaced
+        cdef int axis
         cdef Call *call = &self.call
         (call.few, call.strips, call.keys, call.spans, call.stage_k, call.stage_v, ring_k, ring_v,
          self.threads, self.chains, self.members, self.items) = plan
@@ -829,12 +840,15 @@ cdef class Prepared:
         call.lse_head = call.lq * call.kernels.real_size
         call.scale, call.causal = scale, causal
         self.workspace_bytes = lay_out(call, NULL, &unplaced)
+        self.out_axes = <int>len(out_shape)
+        for axis in range(self.out_axes):
+            self.out_lengths[axis] = out_shape[axis]
 
     def attend(self, cnp.ndarray q not None, cnp.ndarray k not None, cnp.ndarray v not None,
-               cnp.ndarray out not None, cnp.ndarray lse, int[::1] stop=None):
-        """out and lse (or None) <- attention of every item.
+               cnp.ndarray out=None, cnp.ndarray lse=None, int[::1] stop=None):
+        """out, or a new array of q's dtype, and lse (or None) <- attention of every item.
 
-        stop: one flag that ends the call early when another thread sets it.
+        stop: one flag that ends the call early when another thread sets it. Returns out.
         """
         cdef Call call = self.call
         cdef Py_ssize_t scratch_size = self.workspace_bytes * self.threads
@@ -845,6 +859,9 @@ cdef class Prepared:
         cdef list handler_error = []
         cdef char *scratch = NULL
 
+        if out is None:
+            Py_INCREF(<object>cnp.PyArray_DESCR(q))  # which PyArray_Empty keeps
+            out = PyArray_Empty(self.out_axes, self.out_lengths, cnp.PyArray_DESCR(q), 0)
         call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
         call.out = cnp.PyArray_BYTES(out)
         call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)
@@ -865,6 +882,7 @@ cdef class Prepared:
             free(scratch)
         if handler_error:
             raise handler_error[0]
+        return out
 
 
 def isas():

@@ -647,6 +647,19 @@ def test_a_question_asked_again_is_not_checked_again(monkeypatch, rng):
     assert not checked
 
 
+@pytest.mark.usefixtures("always_threads")
+def test_what_is_worth_threads_asks_how_many_at_each_call(monkeypatch, rng):
+    """They may be others each time: threadpoolctl, a parallel region around the call."""
+    asked, limit = [], threads.limit
+    monkeypatch.setattr(threads, "limit", lambda most: asked.append(most) or limit(most))
+    q, k, v = normal(rng, (2, 3, 16), (2, 70, 16), (2, 70, 16))
+    expected = attention(q, k, v, threads=1)
+    asked.clear()
+    for most in (None, 2, None, 2):
+        assert_same_bits(attention(q, k, v, threads=most), expected)
+    assert asked == [None, 2, None, 2]
+
+
 def test_a_small_question_is_planned_once(monkeypatch, rng):
     """Found again, not made again: a tiny call must not pay for it twice."""
 
