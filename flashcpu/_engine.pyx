@@ -29,7 +29,6 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
-from cpython.ref cimport Py_INCREF
 cimport numpy as cnp
 cimport openmp
 
@@ -83,12 +82,6 @@ cdef extern from "<fenv.h>" nogil:
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
-
-
-cdef extern from "numpy/arrayobject.h":
-    enum:
-        NPY_MAXDIMS
-    object PyArray_Empty(int, cnp.npy_intp *, cnp.PyArray_Descr *, int)
 
 
 cdef extern from "kernels/kernels.h" nogil:
@@ -817,7 +810,7 @@ cdef class Prepared:
 
     cdef Call call
     cdef const int64_t[:, ::1] members, items
-    cdef cnp.npy_intp out_lengths[NPY_MAXDIMS]
+    cdef cnp.npy_intp out_lengths[cnp.NPY_MAXDIMS]
     cdef int out_axes
     cdef readonly Py_ssize_t chains  # of items that hand on a state
     cdef readonly int threads  # so many will run
@@ -860,8 +853,7 @@ cdef class Prepared:
         cdef char *scratch = NULL
 
         if out is None:
-            Py_INCREF(<object>cnp.PyArray_DESCR(q))  # which PyArray_Empty keeps
-            out = PyArray_Empty(self.out_axes, self.out_lengths, cnp.PyArray_DESCR(q), 0)
+            out = cnp.PyArray_EMPTY(self.out_axes, self.out_lengths, cnp.PyArray_TYPE(q), 0)
         call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
         call.out = cnp.PyArray_BYTES(out)
         call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)

@@ -154,19 +154,18 @@ def attention(
     if return_lse is not True and return_lse is not False:
         return_lse = problem.flag(return_lse, "return_lse")
     asked = known.asked
-    result = None if out is None else problem.output(out, asked, q.dtype)
+    result = out if out is None else problem.output(out, asked, q.dtype)
+    if result is None or problem.needs_own_memory(result, q, k, v):
+        result = np.empty(asked.out_shape, q.dtype)  # before a plan: it may be what cannot be had
     lse = np.empty(asked.lse_shape, asked.lse_dtype) if return_lse else None
 
     if 0 in asked.lse_shape:
-        result = np.empty(asked.out_shape, q.dtype) if out is None else out
+        result = result if out is None else out
         return (result, lse) if return_lse else result
 
-    if result is not None and problem.needs_own_memory(result, q, k, v):
-        result = None  # the engine makes one
-    strides = asked.own_strides if result is None else result.strides
     most = threading_.limit(known.threads) if known.is_worth_threads else 1
-    call = known.prepare(asked, strides, known.kv_len, known.q_start, known.tiles, most, isa)
-    result = threading_.run(call.attend, (q, k, v, result, lse), call.threads)
+    call = known.prepare(asked, result.strides, known.kv_len, known.q_start, known.tiles, most, isa)
+    threading_.run(call.attend, (q, k, v, result, lse), call.threads)
     if out is not None and result is not out:
         out[...] = result
         result = out
@@ -208,7 +207,7 @@ def is_constant(option):
 def understand(q, k, v, scale, causal, kv_len, q_start, tiles, threads, isa):
     """The arrays as the kernels can read them, and what is Known; raises as `attention` does."""
     global _known
-    options = scale, causal, kv_len, q_start, tiles, threads
+    given, options = (q, k, v), (scale, causal, kv_len, q_start, tiles, threads)
     q, k, v = problem.operand(q, "q"), problem.operand(k, "k"), problem.operand(v, "v")
     factor, causal = problem.scale_factor(scale), problem.flag(causal, "causal")
     asked = problem.of(q, k, v, factor, causal)
@@ -216,8 +215,7 @@ def understand(q, k, v, scale, causal, kv_len, q_start, tiles, threads, isa):
     kv_len = problem.per_member(kv_len, "kv_len", asked.lead, asked.Lkv, 0, asked.Lkv)
     q_start = problem.per_member(q_start, "q_start", asked.lead, None, -far, far)
     longest = kv_len if isinstance(kv_len, int) else max(kv_len)
-    is_read_there = all(map(problem.is_readable, (q, k, v)))
-    if not is_read_there:
+    if not all(map(problem.is_readable, (q, k, v))):
         # What stands behind kv_len is not read, by a copy neither.
         q, k, v = map(problem.readable, (q, k[..., :longest, :], v[..., :longest, :]))
         asked = problem.of(q, k, v, factor, causal)
@@ -237,7 +235,8 @@ def understand(q, k, v, scale, causal, kv_len, q_start, tiles, threads, isa):
         is_worth_threads,
         alone,
     )
-    if is_read_there and all(map(is_constant, options)):  # what is copied is never known again
+    # What is copied, or no array as any other, is never known again.
+    if all(map(is_constant, options)) and known.question.is_asked(*given, *options, isa):
         _known = (known, *_known[: KINDS - 1])
     return q, k, v, known
 

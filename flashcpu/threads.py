@@ -113,11 +113,11 @@ def run(call, arguments, threads):
     if not _forked or threads == 1:
         return call(*arguments)
     stop = np.zeros(1, np.int32)
-    results, errors = [], []
+    errors = []
 
     def on_new_thread():
         try:
-            results.append(call(*arguments, stop))
+            call(*arguments, stop)
         except BaseException as error:
             errors.append(error)
 
@@ -132,4 +132,3 @@ def run(call, arguments, threads):
         raise
     if errors:
         raise errors[0]
-    return results[0]

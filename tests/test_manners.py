@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, misaligned, normal
 
-from flashcpu import attention, machine, plan, problem, threads
+from flashcpu import api, attention, machine, plan, problem, threads
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals as POSIX has them")
 
@@ -642,8 +642,12 @@ def test_a_question_asked_again_is_not_checked_again(monkeypatch, rng):
     checked.clear()
     result = attention(q[..., ::-1], k, v)  # copied, and its result is an array as any other
     attention(q, k, v)
+    attention(q, k[:, :, :9], v[:, :, :9])
+    for _ in range(api.KINDS):
+        attention(q.view(np.memmap), k, v)  # never known again, so nothing is forgotten for it
     checked.clear()
     attention(result, k, v)
+    attention(q, k[:, :, :9], v[:, :, :9])
     assert not checked
 
 
