@@ -29,6 +29,7 @@ from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
+from cpython.ref cimport Py_INCREF
 cimport numpy as cnp
 cimport openmp
 
@@ -82,6 +83,10 @@ cdef extern from "<fenv.h>" nogil:
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
+
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_Empty(int, cnp.npy_intp *, cnp.PyArray_Descr *, int)
 
 
 cdef extern from "kernels/kernels.h" nogil:
@@ -853,7 +858,8 @@ cdef class Prepared:
         cdef char *scratch = NULL
 
         if out is None:
-            out = cnp.PyArray_EMPTY(self.out_axes, self.out_lengths, cnp.PyArray_TYPE(q), 0)
+            Py_INCREF(<object>cnp.PyArray_DESCR(q))  # PyArray_Empty takes one
+            out = PyArray_Empty(self.out_axes, self.out_lengths, cnp.PyArray_DESCR(q), 0)
         call.q, call.k, call.v = cnp.PyArray_BYTES(q), cnp.PyArray_BYTES(k), cnp.PyArray_BYTES(v)
         call.out = cnp.PyArray_BYTES(out)
         call.lse = NULL if lse is None else cnp.PyArray_BYTES(lse)

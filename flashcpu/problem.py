@@ -55,7 +55,6 @@ class Problem:
     k_strides: tuple
     v_strides: tuple
     out_shape: tuple
-    own_strides: tuple  # of a result of its own, in memory side by side
     lse_shape: tuple
     scale: float
     causal: bool
@@ -183,9 +182,6 @@ def describe(dtypes, shapes, strides, scale, causal):
 
     # The axes of the result are those that the caller used: 2-D, 3-D or with heads.
     rows_shape = (*lead, Hq, Lq) if rank > 3 else (*lead[3 - rank :], Lq)
-    out_shape, own_strides = (*rows_shape, Dv), (dtypes[0].itemsize,)
-    for n in reversed(out_shape[1:]):
-        own_strides = (own_strides[0] * n, *own_strides)
     q_bytes, k_bytes, v_bytes = (stride for _, stride in axes)
     return Problem(
         real=real,
@@ -206,8 +202,7 @@ def describe(dtypes, shapes, strides, scale, causal):
         q_strides=q_bytes[-3:-1],
         k_strides=k_bytes[-3:-1],
         v_strides=v_bytes[-3:-1],
-        out_shape=out_shape,
-        own_strides=own_strides,
+        out_shape=(*rows_shape, Dv),
         lse_shape=rows_shape,
         scale=scale,
         causal=causal,

@@ -651,6 +651,20 @@ def test_a_question_asked_again_is_not_checked_again(monkeypatch, rng):
     assert not checked
 
 
+def test_the_result_has_the_dtype_of_the_queries_itself():
+    """Also what only that object has; and each result holds it once."""
+    q = np.ones((2, 3, 8), np.dtype(np.float32, metadata={"unit": "m"}))
+    for result in (
+        *(attention(q, q, q) for _ in range(3)),
+        *attention(q, q, q, return_lse=True)[:1],
+    ):
+        assert result.dtype is q.dtype
+    held = sys.getrefcount(q.dtype)
+    for _ in range(200):
+        attention(q, q, q)
+    assert abs(sys.getrefcount(q.dtype) - held) < 100
+
+
 @pytest.mark.usefixtures("always_threads")
 def test_what_is_worth_threads_asks_how_many_at_each_call(monkeypatch, rng):
     """They may be others each time: threadpoolctl, a parallel region around the call."""
