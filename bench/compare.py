@@ -17,7 +17,8 @@ values come from memory a loop of nothing but reads, on as many threads) and eve
 in the same way, on every number of threads. A ratio is taken within its round, where the machine
 was the same for both, and the median over the rounds is shown. Threads of all contenders are
 limited by threadpoolctl. What NumPy needs beside its inputs is allocated before the clock starts;
-flashcpu allocates its result in every call. peers.py has the contenders, measure.py has how a call
+flashcpu allocates its result in every call. Where keys and values come from memory, products run
+just before each call, as in a model. peers.py has the contenders, measure.py has how a call
 is timed and checked.
 """
 
@@ -174,10 +175,11 @@ def measured(row, contenders, counts, rounds, at_least):
         arrays = row.case.inputs()
         calls = checked_calls(row, arrays, contenders, counts)
 
-        def seconds_of(call):
+        def seconds_of(call, count):
             if not row.is_cold:
                 return seconds_per_call(call, at_least)
-            return seconds_per_cold_call(call, getattr(call, "reads", arrays[1:]), at_least)
+            reads = getattr(call, "reads", arrays[1:])
+            return seconds_per_cold_call(call, reads, count, at_least)
 
         fma = {count: [] for count in counts}
         read = {count: [] for count in counts}
@@ -193,7 +195,7 @@ def measured(row, contenders, counts, rounds, at_least):
                         read[count].append(read_rate(arrays[1:], count, at_least))
                     for name, number in calls:
                         if number == count:
-                            took = seconds_of(calls[name, count])
+                            took = seconds_of(calls[name, count], count)
                             seconds[name, count].append(took)
                             time.sleep(SETTLE if count > 1 else 0)
     for count in counts:

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,8 @@ SAMPLE = 50
 # NumPy's too, show up to 20 on these inputs; one key of 2048 left out shows a million. Where 16
 # bits are stored, rounding a right result is up to 0.5, and a P rounded to 16 bits some 2.
 TOLERANCE = {"f64": 100, "f32": 100, "f16": 4, "bf16": 4}
+# Seconds. Those of a server of Ice Lake run at 0.6 of their speed for the first 60 to 100 us.
+PRODUCTS = 2e-4
 
 
 def positive(text):
@@ -183,18 +186,22 @@ def seconds_per_call(call, at_least):
         count = max(count + 1, math.ceil(count * min(100.0, 1.2 * at_least / took)))
 
 
-def seconds_per_cold_call(call, arrays, at_least):
+def seconds_per_cold_call(call, arrays, threads, at_least):
     """Median seconds of single calls that find code and plans in the caches, but not the arrays.
 
     So it is in decoding, where between two calls for a layer the other layers' K and V pass through
-    the caches. Five calls or more, which together last at_least.
+    the caches, and right before each call q, k and v are made by products: so `threads` threads
+    multiply for PRODUCTS seconds. A CPU may let its multipliers sleep, and the FMA rate, measured
+    longer, is that of such as are awake. Five calls or more, which together last at_least.
     """
-    flush = machine.kernels("f32", "f32", machine.isa())[0].flush
+    isa = machine.isa()
+    flush = machine.kernels("f32", "f32", isa)[0].flush
     call()
     took = []
     while len(took) < 5 or sum(took) < at_least:
         for array in arrays:
             flush(array.reshape(-1).view(np.uint8))
+        fma_rate("f32", isa, threads, PRODUCTS)
         start = time.perf_counter()
         call()
         took.append(time.perf_counter() - start)
@@ -219,7 +226,8 @@ def read_rate(arrays, threads, at_least):
     """
     table = machine.kernels("f32", "f32", machine.isa())[0]
     buffer = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-    took = seconds_per_cold_call(lambda: table.read_bytes(buffer, threads), [buffer], at_least)
+    read = partial(table.read_bytes, buffer, threads)
+    took = seconds_per_cold_call(read, [buffer], threads, at_least)
     return buffer.size / took
 
 
