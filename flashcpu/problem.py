@@ -172,6 +172,8 @@ def describe(dtypes, shapes, strides, scale, causal):
         lead = np.broadcast_shapes(q_lead, k_lead, v_lead)
     except ValueError:
         raise ValueError(f"the leading axes do not broadcast; {seen}") from None
+    except RuntimeError as error:  # NumPy has arrays of more axes than it broadcasts
+        raise ValueError(f"too many leading axes: {error}; {seen}") from None
     if max(math.prod((*lead, Hq, Lq, max(Dv, 1))), Lkv, D) > FARTHEST or max(D, Dv) > DEEPEST:
         raise ValueError(f"too large to be computed; {seen}")
 

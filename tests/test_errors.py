@@ -61,6 +61,20 @@ def test_shapes_that_do_not_fit_are_named_and_shown(shapes, match):
     refused(ValueError, f"(?s){match}.*{seen}", q, k, v)
 
 
+def test_more_leading_axes_than_numpy_broadcasts():
+    axes = (1,) * 34
+    try:
+        array = ones(*axes, 5, 8)
+        np.broadcast_shapes(axes, axes)
+    except ValueError:
+        pytest.skip("this NumPy has no arrays of so many axes")
+    except RuntimeError:
+        seen = re.escape(f"got q {array.shape}, k {array.shape}, v {array.shape}")
+        refused(ValueError, f"(?s)too many leading axes.*{seen}", array, array, array)
+    else:
+        assert attention(array, array, array).shape == array.shape
+
+
 # Dtypes
 
 
