@@ -18,8 +18,8 @@ in the same way, on every number of threads. A ratio is taken within its round, 
 was the same for both, and the median over the rounds is shown. Threads of all contenders are
 limited by threadpoolctl. What NumPy needs beside its inputs is allocated before the clock starts;
 flashcpu allocates its result in every call. Where keys and values come from memory, products run
-just before each call, as in a model. peers.py has the contenders, measure.py has how a call
-is timed and checked.
+just before each call, so that multipliers are awake. peers.py has the contenders, measure.py has
+how a call is timed and checked.
 """
 
 import argparse
@@ -286,7 +286,8 @@ of limit    flops a second over those of a loop of nothing but FMAs, on as many 
             256-bit FMAs; bf16: products in pairs where the CPU has them; f16: FMAs of f32); "to
             reach" is the design's target for it, on one thread
 ... read    of the flops for which K and V can be read in a second: the lower limit of the two where
-            they come from memory, as in decode, curve and million; else "... fma" is said there
+            they come from memory, as in decode, curve and million; else "... fma" is said there.
+            There K and V are flushed, and products run, before each call and each read
 x 1 thread  speed over that of one thread; a "to reach" such as 1.90 x is for this
 x numpy     scores, softmax in place, matmul; under causal the full square, with a mask; 16 bits
             are widened to float32 first

@@ -35,7 +35,8 @@ SAMPLE = 50
 # NumPy's too, show up to 20 on these inputs; one key of 2048 left out shows a million. Where 16
 # bits are stored, rounding a right result is up to 0.5, and a P rounded to 16 bits some 2.
 TOLERANCE = {"f64": 100, "f32": 100, "f16": 4, "bf16": 4}
-# Seconds. Those of a server of Ice Lake run at 0.6 of their speed for the first 60 to 100 us.
+# Seconds of products before a cold call: a server of Ice Lake runs the first 60 to 100 us of them
+# at 0.6 of its speed.
 PRODUCTS = 2e-4
 
 
@@ -190,9 +191,11 @@ def seconds_per_cold_call(call, arrays, threads, at_least):
     """Median seconds of single calls that find code and plans in the caches, but not the arrays.
 
     So it is in decoding, where between two calls for a layer the other layers' K and V pass through
-    the caches, and right before each call q, k and v are made by products: so `threads` threads
-    multiply for PRODUCTS seconds. A CPU may let its multipliers sleep, and the FMA rate, measured
-    longer, is that of such as are awake. Five calls or more, which together last at_least.
+    the caches. A CPU may let its multipliers sleep; a model's projections, and the loop of the FMA
+    rate, leave them awake. So before each call `threads` threads multiply in registers, for some
+    PRODUCTS seconds: with one the caller, else threads of their own, which need not run where those
+    of the call do, and beside any that still wait in a loop. Five calls or more, which together
+    last at_least.
     """
     isa = machine.isa()
     flush = machine.kernels("f32", "f32", isa)[0].flush
