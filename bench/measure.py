@@ -13,7 +13,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -35,8 +34,8 @@ SAMPLE = 50
 # NumPy's too, show up to 20 on these inputs; one key of 2048 left out shows a million. Where 16
 # bits are stored, rounding a right result is up to 0.5, and a P rounded to 16 bits some 2.
 TOLERANCE = {"f64": 100, "f32": 100, "f16": 4, "bf16": 4}
-# Seconds of products before a cold call: a server of Ice Lake runs the first 60 to 100 us of them
-# at 0.6 of its speed.
+# Seconds of products before a cold call, at least: a server of Ice Lake runs the first 60 to 100 us
+# of them at 0.6 of its speed.
 PRODUCTS = 2e-4
 
 
@@ -192,10 +191,10 @@ def seconds_per_cold_call(call, arrays, threads, at_least):
 
     So it is in decoding, where between two calls for a layer the other layers' K and V pass through
     the caches. A CPU may let its multipliers sleep; a model's projections, and the loop of the FMA
-    rate, leave them awake. So before each call `threads` threads multiply in registers, for some
-    PRODUCTS seconds: with one the caller, else threads of their own, which need not run where those
-    of the call do, and beside any that still wait in a loop. Five calls or more, which together
-    last at_least.
+    rate, leave them awake. So before each call `threads` threads multiply in registers, for
+    PRODUCTS seconds or up to three times as long: with one the caller, else threads of their own,
+    which need not run where those of the call do, and beside any that still wait in a loop. Five
+    calls or more, which together last at_least.
     """
     isa = machine.isa()
     flush = machine.kernels("f32", "f32", isa)[0].flush
@@ -229,8 +228,9 @@ def read_rate(arrays, threads, at_least):
     """
     table = machine.kernels("f32", "f32", machine.isa())[0]
     buffer = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-    read = partial(table.read_bytes, buffer, threads)
-    took = seconds_per_cold_call(read, [buffer], threads, at_least)
+    took = seconds_per_cold_call(
+        lambda: table.read_bytes(buffer, threads), [buffer], threads, at_least
+    )
     return buffer.size / took
 
 
