@@ -286,7 +286,7 @@ def test_keys_are_cut_where_threads_would_have_too_few_items_or_uneven_shares(la
         (1, 64, 2, 8),  #        8 spans, no more 4
         (3, 8, 2, 2),  #         4 spans          3
         (5, 16, 2, 2),  #        8 spans          5, uncut 3 or 2
-        (8, 32, 2, 1),  #        uncut            4
+        (12, 32, 2, 1),  #       uncut            6
         (8, 32, 8, 4),  #        8 spans          4, uncut 1: one held up doubles the time
         (96, 9, 64, 2),  #       uncut 2 or 1
     ]:
@@ -301,6 +301,33 @@ def test_keys_are_cut_where_threads_would_have_too_few_items_or_uneven_shares(la
         assert len(found.items) == heads
         assert found.chains == 0
         assert found.threads == min(threads, heads)
+
+
+@pytest.mark.parametrize("lanes", LANES[:2], ids=["wide", "narrow"])  # the small one has no few
+def test_last_items_come_in_pieces_where_threads_have_few(lanes):
+    """So that one that is held up does not keep the others waiting."""
+    for heads, spans, threads, pieces in [
+        (6, 8, 2, 4),  #    2 spans
+        (8, 32, 2, 4),  #   8 spans
+        (8, 80, 2, 10),  #  8 spans, no more
+        (10, 9, 2, 4),
+        (16, 40, 4, 5),  #  the last three of them
+        (8, 7, 2, 1),  #    pieces would be of one span
+        (12, 32, 2, 1),  #  threads have enough
+    ]:
+        asked = ask((1, heads, 1, 8), (1, heads, spans * lanes.span, 8))
+        planned = cut(asked, lanes, threads=threads)
+        last = threads - 1 if pieces > 1 else 0
+        assert planned.chains == last
+        assert len(planned.items) == heads + last * (pieces - 1)
+        whole = planned.items[: heads - last]
+        assert (whole[:, plan.CHAIN] == -1).all()
+        assert whole[:, plan.HEAD].tolist() == list(range(heads - last))
+    # Lengths that differ: what comes last is the shortest, and cut only if it is long enough.
+    for shortest, chains in ((8, 1), (7, 0)):
+        kv_len = lanes.span * np.array([shortest, 33, 31, 30, 32, 29, 30, 31])
+        asked = ask((8, 1, 1, 8), (8, 1, 33 * lanes.span, 8))
+        assert cut(asked, lanes, kv_len=kv_len, threads=2).chains == chains
 
 
 @every_lanes
