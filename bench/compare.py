@@ -1,6 +1,6 @@
 """flashcpu beside NumPy, beside two bare matmuls, beside other libraries: checked, then timed.
 
-    python bench/compare.py                     every row but the two below, about five minutes
+    python bench/compare.py                     every row but the two below: some minutes
     python bench/compare.py --rows small        the rows whose name or shape matches
     python bench/compare.py --rows curve        from 1 to 64 queries: only when PATTERN has the word
     python bench/compare.py --rows million      a million keys, 2 GB: likewise
@@ -10,8 +10,9 @@
 It needs threadpoolctl, from `pip install '.[bench]'`, and ml_dtypes for the rows of bf16; peers are
 left out where not installed.
 
-Rows and targets are those of the table "Where it has to get" of the design. Every contender is
-first compared with float64; a peer that fails is left out of the row, with a line that says so.
+"to reach" is the share of the limit, the speed-up or the time that flashcpu wants to have. Every
+contender is first compared with float64; a peer that fails is left out of the row, with a line that
+says so.
 Then come rounds: each measures the machine's limit (a loop of nothing but FMAs, and where keys and
 values come from memory a loop of nothing but reads, on as many threads) and every contender once,
 in the same way, on every number of threads. A ratio is taken within its round, where the machine
@@ -284,7 +285,7 @@ def cells(result, names):
 NOTES = """\
 of limit    flops a second over those of a loop of nothing but FMAs, on as many threads (avx2:
             256-bit FMAs; bf16: products in pairs where the CPU has them; f16: FMAs of f32); "to
-            reach" is the design's target for it, on one thread
+            reach" is our target for it, on one thread
 ... read    of the flops for which K and V can be read in a second: the lower limit of the two where
             they come from memory, as in decode, curve and million; else "... fma" is said there.
             There K and V are flushed, and products run, before each call and each read
