@@ -323,6 +323,9 @@ def test_last_items_come_in_pieces_where_threads_have_few(lanes):
         whole = planned.items[: heads - last]
         assert (whole[:, plan.CHAIN] == -1).all()
         assert whole[:, plan.HEAD].tolist() == list(range(heads - last))
+    # More rows gain nothing.
+    many = ask((1, 8, 3 * lanes.width, 8), (1, 8, 32 * lanes.span, 8))
+    assert cut(many, lanes, threads=2).chains == 0
     # Lengths that differ: what comes last is the shortest, and cut only if it is long enough.
     for shortest, chains in ((8, 1), (7, 0)):
         kv_len = lanes.span * np.array([shortest, 33, 31, 30, 32, 29, 30, 31])
